@@ -1,0 +1,258 @@
+"""The `embed-once` command: the same flows and functions, for a terminal or a pipe."""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from tasks.errors import EmbedOnceError
+
+T = TypeVar("T")
+
+INCOMPLETE = 3
+CANCELLED = 130
+LOGS_KEPT = 20
+
+app = typer.Typer(
+    name="embed-once",
+    help="Keep a LanceDB vector index equal to a changing corpus; every text is paid for once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the index.")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config value.")
+]
+NarrowOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH", help="Look only at this file or folder below source.path; keep the rest."
+    ),
+]
+AcceptOption = Annotated[
+    bool, typer.Option("--accept-splitter", help="Cut documents with another splitter version.")
+]
+
+
+@app.command()
+def reindex(
+    config: ConfigPath,
+    settings: SetOption = [],  # noqa: B006
+    narrow: NarrowOption = None,
+    accept_splitter: AcceptOption = False,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write the run report here.")
+    ] = None,
+) -> None:
+    """Bring the index in step with the corpus: plan, embed, publish, report."""
+    from tasks.params import Overrides, load_config  # noqa: PLC0415
+    from tasks.report import as_text, headline, report_rows  # noqa: PLC0415
+
+    overrides = Overrides(narrow=narrow, accept_splitter=accept_splitter, settings=settings)
+    loaded = load_config(config, settings)
+    with _prefect_log(Path(loaded.state.uri) / "logs", "reindex") as console, _bar(console):
+        from flows.reindex import reindex as flow  # noqa: PLC0415
+
+        done = flow(config, overrides)
+    if report is not None:
+        _write(report, done.model_dump_json(indent=2))
+    print(headline(done))
+    print(as_text(report_rows(done)))
+    if done.state == "incomplete":
+        print("Some documents could not be read; see `skipped` above.", file=sys.stderr)
+        raise typer.Exit(INCOMPLETE)
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    settings: SetOption = [],  # noqa: B006
+    narrow: NarrowOption = None,
+    accept_splitter: AcceptOption = False,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write the plan here.")
+    ] = None,
+) -> None:
+    """Say what a reindex would do and cost. Needs no key, leaves no trace."""
+    from tasks.params import Overrides, load_config  # noqa: PLC0415
+    from tasks.plan import make_plan, plan_rows  # noqa: PLC0415
+    from tasks.report import as_text  # noqa: PLC0415
+
+    overrides = Overrides(narrow=narrow, accept_splitter=accept_splitter, settings=settings)
+    planned = make_plan(load_config(config, settings), overrides)
+    if json is not None:
+        _write(json, planned.model_dump_json(indent=2))
+    print(f"Plan for {planned.name}")
+    print(as_text(plan_rows(planned)))
+    if planned.would_refuse:
+        print(f"A reindex would refuse: {planned.would_refuse}", file=sys.stderr)
+
+
+@app.command()
+def search(
+    config: ConfigPath,
+    text: Annotated[str, typer.Argument(help="What to look for.")],
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many chunks.")] = 5,
+    settings: SetOption = [],  # noqa: B006
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find the chunks nearest to a text: document, lines, distance."""
+    from tasks.quick import import_lancedb  # noqa: PLC0415
+
+    import_lancedb()
+    from tasks.params import load_config  # noqa: PLC0415
+    from tasks.search import as_lines  # noqa: PLC0415
+    from tasks.search import search as find  # noqa: PLC0415
+
+    hits = find(load_config(config, settings), text, k)
+    if json:
+        print("[" + ",\n".join(hit.model_dump_json() for hit in hits) + "]")
+    else:
+        print(as_lines(hits) if hits else "Nothing found: the index is empty.")
+
+
+@app.command()
+def history(config: ConfigPath, settings: SetOption = []) -> None:  # noqa: B006
+    """List generations and runs with their cost."""
+    from tasks.history import as_lines  # noqa: PLC0415
+    from tasks.history import history as runs_of  # noqa: PLC0415
+    from tasks.params import load_config  # noqa: PLC0415
+
+    print(as_lines(runs_of(load_config(config, settings))))
+
+
+@app.command()
+def smoke() -> None:
+    """Prove add, change, move, delete and a free rerun on a small built-in corpus."""
+    import tempfile  # noqa: PLC0415
+
+    logs = Path(tempfile.gettempdir()) / "embed-once-logs"
+    with _prefect_log(logs, "smoke") as console, _bar(console):
+        from flows.smoke import smoke as flow  # noqa: PLC0415
+
+        checks = flow()
+    for check in checks:
+        print(f"  ok  {check}")
+    print(f"smoke: {len(checks)} checks passed")
+
+
+def main() -> None:
+    """Run the command; every error ends in plain words on stderr and its exit code."""
+    os.environ.setdefault("LANCE_LOG", "error")  # its Rust core warns of things users cannot change
+    sys.exit(_exit_code(lambda: app(standalone_mode=False)))
+
+
+def _exit_code(run: Callable[[], object]) -> int:
+    try:
+        code = run()
+    except EmbedOnceError as error:
+        print(f"embed-once: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("embed-once: cancelled; what was paid for is kept, run again.", file=sys.stderr)
+        return CANCELLED
+    except typer.Abort:
+        return CANCELLED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return code if isinstance(code, int) else 0
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _prefect_log(folder: Path, name: str) -> Iterator[int]:
+    """Send what Prefect, its temporary server and other libraries print to a file.
+
+    The server is a process of its own that writes to our stdout and stderr, so the two
+    descriptors themselves are turned, not Python's objects.
+
+    Yields:
+        A descriptor of the real stderr.
+    """
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in sorted(folder.glob("*.log"))[: -LOGS_KEPT + 1]:
+        old.unlink(missing_ok=True)
+    log = folder / f"{datetime.now(tz=UTC):%Y%m%dT%H%M%S}-{name}-{os.getpid()}.log"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    real_out, real_err = os.dup(1), os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    failed = False
+    try:
+        yield real_err
+    except (EmbedOnceError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # noqa: BLE001 - the last line of defence: nothing ends unexplained
+        traceback.print_exc()
+        failed = True
+        problem = f"{type(error).__name__}: {error}"
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(real_out, 1)
+        os.dup2(real_err, 2)
+    if failed:
+        raise EmbedOnceError(f"Something unforeseen happened ({problem}). Details: {log}")
+
+
+@contextlib.contextmanager
+def _bar(console: int) -> Iterator[None]:
+    """A progress bar on the real stderr, if that is a terminal."""
+    if not os.isatty(console):
+        yield
+        return
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+    from rich.progress import Progress as Bar  # noqa: PLC0415
+
+    from tasks.progress import Progress, listening  # noqa: PLC0415
+
+    with os.fdopen(os.dup(console), "w") as terminal:
+        bar = Bar(
+            SpinnerColumn(),
+            TextColumn("{task.description:<11}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(file=terminal, force_terminal=True),
+            transient=True,
+        )
+        task = bar.add_task("starting", total=None)
+
+        def show(progress: Progress) -> None:
+            bar.update(
+                task,
+                description=progress.stage,
+                completed=progress.done,
+                total=progress.total or None,
+            )
+
+        with bar, listening(show):
+            yield
+
+
+if __name__ == "__main__":
+    main()

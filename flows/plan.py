@@ -1,0 +1,24 @@
+"""Plan: what a reindex would do and cost. It needs no key and leaves no trace."""
+
+from prefect import flow
+
+from tasks.artifacts import publish_plan
+from tasks.params import Overrides, load_config
+from tasks.plan import Plan, make_plan
+
+
+@flow(name="plan", flow_run_name="plan {config}", persist_result=False)
+def plan(config: str, overrides: Overrides = Overrides()) -> Plan:
+    """Say what a reindex would do and cost, and spend nothing.
+
+    Args:
+        config: Path of the YAML file that describes the corpus and its index.
+        overrides: What this run does otherwise than the file says.
+
+    Returns:
+        The plan; also an artifact of the run.
+    """
+    settings = load_config(config, overrides.settings)
+    planned = make_plan(settings, overrides)
+    publish_plan(planned)
+    return planned

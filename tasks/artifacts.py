@@ -1,0 +1,104 @@
+"""What a run leaves in Prefect: artifacts under fixed keys, a moving progress, an event."""
+
+import re
+import time
+from collections.abc import Sequence
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.events import emit_event
+
+from tasks.journal import Call
+from tasks.plan import Plan, plan_rows
+from tasks.progress import Progress
+from tasks.report import RunReport, as_markdown, headline, report_rows
+
+TABLE_ROWS = 500
+"""Most rows of the table of batches; an artifact is one request."""
+UPDATE_S = 1.0
+"""Least time between two updates of the progress, each about 40 ms."""
+
+
+def key(kind: str, name: str) -> str:
+    """Artifact key of `kind` for the config called `name`: lower case, digits, dashes."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "index"
+    return f"{kind}-{slug}"
+
+
+def publish_plan(plan: Plan) -> None:
+    """The plan, as Markdown."""
+    create_markdown_artifact(
+        as_markdown(f"Plan for {plan.name}", plan_rows(plan)),
+        key=key("plan", plan.name),
+        description="What a reindex would do and cost.",
+    )
+
+
+def publish_report(report: RunReport, calls: Sequence[Call]) -> None:
+    """The report as Markdown, the batches as a table, and the event of the run."""
+    create_markdown_artifact(
+        as_markdown(headline(report), report_rows(report)),
+        key=key("report", report.name),
+        description="What the run did and what it cost.",
+    )
+    create_table_artifact(
+        [
+            {
+                "batch": call.batch,
+                "attempt": call.attempt,
+                "status": call.status,
+                "texts": call.texts,
+                "tokens estimated": call.tokens_estimated,
+                "tokens billed": call.tokens_billed,
+                "usd": round(call.usd, 6),
+                "ms": round(call.seconds * 1000, 1),
+            }
+            for call in sorted(calls, key=lambda call: (call.batch, call.attempt))[:TABLE_ROWS]
+        ],
+        key=key("batches", report.name),
+        description=f"Provider calls: {min(len(calls), TABLE_ROWS)} of {len(calls)}.",
+    )
+    latencies = [call.seconds for call in calls if call.status == "ok"]
+    emit_event(
+        "embedding.batch_generated",
+        resource={
+            "prefect.resource.id": f"embed-once.run.{report.run_id}",
+            "prefect.resource.name": report.name,
+        },
+        payload={
+            "total_count": report.texts.from_cache + report.texts.embedded,
+            "cache_hits": report.texts.from_cache,
+            "api_calls": len(calls),
+            "processing_time_ms": round(report.seconds.embed * 1000, 1),
+            "avg_latency_ms": (
+                round(sum(latencies) / len(latencies) * 1000, 1) if latencies else 0.0
+            ),
+        },
+    )
+
+
+class ProgressArtifact:
+    """A progress artifact that moves while a run embeds."""
+
+    def __init__(self, name: str) -> None:
+        created = create_progress_artifact(
+            0.0, key=key("progress", name), description="Texts embedded."
+        )
+        if not isinstance(created, UUID):
+            raise TypeError("create_progress_artifact must be called from a flow that is not async")
+        self._id = created
+        self._updated = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show `progress`, at most once a second; the end is always shown."""
+        finished = progress.done >= progress.total
+        if progress.stage != "embedding":
+            return
+        if finished or time.monotonic() - self._updated >= UPDATE_S:
+            update_progress_artifact(self._id, progress.percent)
+            self._updated = time.monotonic()

@@ -1,0 +1,118 @@
+"""The cache: vectors by text_hash, one LanceDB table per space.
+
+A hit in the wrong space is impossible: the space names the table. Indexes that share
+`state.uri` share the cache, so a text that any of them paid for is free for all.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import lancedb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from lancedb.table import Table
+
+from tasks.errors import EmbedOnceError
+from tasks.keys import KeySet, first_of_each
+from tasks.lance import PRIMARY_KEY, read_batches
+from tasks.providers import Space
+from tasks.schemas import HASH, vectors_schema
+
+SPACE = b"embed_once.space"
+"""Key of the space in a table's metadata."""
+
+
+class Cache:
+    """Vectors of one space."""
+
+    def __init__(self, state_uri: str, space: Space) -> None:
+        self.space = space
+        self.name = f"vectors-{space.id}"
+        self._uri = state_uri
+        self._table: Table | None = None
+        self._hashes = pa.array([], HASH)
+        self._row_ids: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
+        self._keys = KeySet(self._hashes)
+        self._version = 0
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def refresh(self) -> None:
+        """Take up what other runs have added."""
+        if self._table is None:
+            if not (Path(self._uri) / f"{self.name}.lance").exists():
+                return
+            self._table = lancedb.connect(self._uri).open_table(self.name)
+        self._table.checkout_latest()
+        if self._table.version == self._version:
+            return
+        self._version = self._table.version
+        query = self._table.search().select(["text_hash"]).with_row_id(True)
+        found = query.to_arrow()
+        self._hashes = found.column("text_hash").combine_chunks()
+        self._row_ids = found.column("_rowid").to_numpy()
+        self._keys = KeySet(self._hashes)
+
+    def holds(self, hashes: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+        """For each text_hash whether its vector is here."""
+        return self._keys.holds(hashes)
+
+    def vectors(self, hashes: pa.Array | pa.ChunkedArray) -> pa.FixedSizeListArray:
+        """The vector of each text_hash, in their order: float32, shape (len(hashes), dimension).
+
+        Raises:
+            EmbedOnceError: One of them is not here.
+        """
+        at = self._keys.positions(hashes)
+        if (at < 0).any() or self._table is None:
+            missing = int((at < 0).sum())
+            raise EmbedOnceError(
+                f"{missing} vectors are missing from the cache {self.name} in {self._uri}. "
+                "Run again: they are embedded anew."
+            )
+        row_ids = np.unique(self._row_ids[at])
+        query = self._table.take_row_ids(row_ids.tolist()).select(["text_hash", "vector"])
+        found = query.to_arrow()
+        place = KeySet(found.column("text_hash")).positions(hashes)
+        return found.column("vector").combine_chunks().take(pa.array(place))
+
+    def remember(self, answers: Iterable[pa.Table]) -> int:
+        """Keep the vectors of `answers` that are not here yet, in one commit at most.
+
+        Args:
+            answers: Tables of `vectors_schema(dimension)`.
+
+        Returns:
+            Vectors added.
+        """
+        tables = list(answers)
+        if not tables:
+            return 0
+        schema = vectors_schema(self.space.dimension)
+        new = pa.concat_tables([table.cast(schema) for table in tables])
+        new = new.take(pa.array(first_of_each(new.column("text_hash"))))
+        self.refresh()
+        new = new.filter(pa.array(~self.holds(new.column("text_hash"))))
+        if not new.num_rows:
+            return 0
+        if self._table is None:
+            self._table = self._create()
+        merge = self._table.merge_insert("text_hash").when_not_matched_insert_all()
+        merge.execute(new)
+        self.refresh()
+        return new.num_rows
+
+    def stream(self, batch_rows: int = 4096) -> Iterable[pa.RecordBatch]:
+        """All rows of the cache, a batch at a time."""
+        return read_batches(self._table, batch_rows) if self._table is not None else []
+
+    def _create(self) -> Table:
+        text_hash, vector = vectors_schema(self.space.dimension)
+        schema = pa.schema(
+            [text_hash.with_metadata(PRIMARY_KEY), vector],
+            metadata={SPACE: self.space.to_json().encode()},
+        )
+        return lancedb.connect(self._uri).create_table(self.name, schema=schema, exist_ok=True)

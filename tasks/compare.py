@@ -1,0 +1,216 @@
+"""Compare: what must happen to the index so that it equals the corpus.
+
+Tables: the same id with another text is changed, with other metadata moved. Files: a text
+that left one document and stands in another is moved; what else left and joined the same
+document pairs as changed; the rest is added or deleted. A row that differs in its line
+numbers alone counts as unchanged but is brought up to date ("relined").
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks.keys import KeySet, first_of_each
+from tasks.schemas import CHANGES, DELETIONS, INDEXED, KEYED, TableRef
+from tasks.stage import stage
+
+Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Documents whose rows stay as they are, whatever the corpus seems to say.
+
+    Attributes:
+        unread: Documents, and folders ending in "/", that could not be read.
+        narrow: If given, only documents at or below it are looked at.
+    """
+
+    unread: tuple[str, ...] = ()
+    narrow: str | None = None
+
+    def covers(self, document: str | None) -> bool:
+        """Whether the rows of `document` stay."""
+        if document is None:
+            return False
+        outside = self.narrow is not None and not (
+            document == self.narrow or document.startswith(self.narrow.rstrip("/") + "/")
+        )
+        return outside or any(
+            document == name or (name.endswith("/") and document.startswith(name))
+            for name in self.unread
+        )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What differs.
+
+    Attributes:
+        changes: CHANGES, in corpus order.
+        deletions: DELETIONS.
+        unchanged: Corpus rows whose index row already says the same, but for line numbers.
+        held: Index rows left alone because their document was not looked at.
+        duplicate: Corpus rows whose text stands in an earlier row too.
+        unique_texts: Distinct texts of the corpus.
+        unchanged_tokens: Estimated tokens of the unchanged rows.
+        duplicate_tokens: Estimated tokens of the other rows beyond the first of each text.
+        indexed: Rows in the index.
+    """
+
+    changes: TableRef
+    deletions: TableRef
+    unchanged: int
+    held: int
+    duplicate: int
+    unique_texts: int
+    unchanged_tokens: int
+    duplicate_tokens: int
+    indexed: int
+
+
+@stage("compare")
+def compare(
+    keyed: TableRef,
+    indexed: TableRef,
+    kind: Literal["files", "table"],
+    held: Held,
+    folder: Path,
+    *,
+    same_columns: bool = True,
+) -> Compared:
+    """Hold the corpus against the published index.
+
+    Args:
+        keyed: KEYED, each key once.
+        indexed: INDEXED, each key once; no rows where there is no index yet.
+        kind: How changed and moved are told apart.
+        held: Documents that are left alone.
+        folder: Where the resulting tables go.
+        same_columns: Whether both have the same metadata columns; if not, every row moved.
+    """
+    corpus, index = keyed.load(KEYED), indexed.load(INDEXED)
+    index_at = KeySet(index.column("key")).positions(corpus.column("key"))
+    in_corpus = KeySet(corpus.column("key")).holds(index.column("key"))
+    new = index_at < 0
+
+    other_text = _differs(corpus, index, index_at, "text_hash")
+    other_row = _differs(corpus, index, index_at, "row_hash")
+    other_lines = _differs(corpus, index, index_at, "start_line") | _differs(
+        corpus, index, index_at, "end_line"
+    )
+    change = np.full(corpus.num_rows, "", dtype=object)
+    change[other_lines] = "relined"
+    change[other_row if same_columns else ~new] = "moved"
+    change[other_text] = "changed"
+    change[new] = "added"
+
+    stays = _held_rows(index, held)
+    gone = np.flatnonzero(~in_corpus & ~stays)
+    fate = np.full(len(gone), "deleted", dtype=object)
+    if kind == "files":
+        _pair(corpus, index, np.flatnonzero(new), gone, change, fate)
+
+    return _result(corpus, index, change, gone, fate, held=int(stays.sum()), folder=folder)
+
+
+def tally(changes: pa.Table, deletions: pa.Table) -> Counter[str]:
+    """How many chunks were added, changed, moved, relined and deleted."""
+    counts: Counter[str] = Counter(changes.column("change").to_pylist())
+    counts["deleted"] = deletions.column("change").to_pylist().count("deleted")
+    return counts
+
+
+def _differs(
+    corpus: pa.Table, index: pa.Table, index_at: npt.NDArray[np.int64], column: str
+) -> Flags:
+    """For each corpus row whether its index row, if any, has another value."""
+    known = np.flatnonzero(index_at >= 0)
+    ours = corpus.column(column).take(pa.array(known))
+    theirs = index.column(column).take(pa.array(index_at[known]))
+    same = pc.fill_null(pc.equal(ours, theirs), False)
+    both_null = pc.and_(pc.is_null(ours), pc.is_null(theirs))
+    flags = np.zeros(corpus.num_rows, dtype=bool)
+    flags[known] = ~pc.or_(same, both_null).to_numpy()
+    return flags
+
+
+def _held_rows(index: pa.Table, held: Held) -> Flags:
+    """For each index row whether it stays because its document was not looked at."""
+    if not held.unread and held.narrow is None:
+        return np.zeros(index.num_rows, dtype=bool)
+    documents = index.column("document").combine_chunks().dictionary_encode()
+    covered = np.array([held.covers(name) for name in documents.dictionary.to_pylist()], dtype=bool)
+    at = pc.fill_null(documents.indices, -1).to_numpy()
+    # Index -1, a row without a document, reads the False that is appended at the end.
+    return np.append(covered, False)[at]
+
+
+def _pair(
+    corpus: pa.Table,
+    index: pa.Table,
+    joined: npt.NDArray[np.int64],
+    gone: npt.NDArray[np.int64],
+    change: npt.NDArray[np.object_],
+    fate: npt.NDArray[np.object_],
+) -> None:
+    """Tell moved and changed rows of files from added and deleted ones, in place."""
+    for column, name in (("text_hash", "moved"), ("document_key", "changed")):
+        left: dict[bytes, list[int]] = {}
+        still_gone = np.flatnonzero(fate == "deleted")
+        values = index.column(column).take(pa.array(gone[still_gone])).to_pylist()
+        for position, value in zip(still_gone.tolist(), values, strict=True):
+            left.setdefault(value, []).append(position)
+        still_new = joined[change[joined] == "added"]
+        values = corpus.column(column).take(pa.array(still_new)).to_pylist()
+        for position, value in zip(still_new.tolist(), values, strict=True):
+            if waiting := left.get(value):
+                fate[waiting.pop(0)] = name
+                change[position] = name
+
+
+def _result(
+    corpus: pa.Table,
+    index: pa.Table,
+    change: npt.NDArray[np.object_],
+    gone: npt.NDArray[np.int64],
+    fate: npt.NDArray[np.object_],
+    *,
+    held: int,
+    folder: Path,
+) -> Compared:
+    differs = change != ""
+    quiet = ~differs | (change == "relined")
+    changes = corpus.filter(pa.array(differs)).select(CHANGES.names[:-2])
+    changes = changes.append_column("change", pa.array(change[differs], pa.utf8()))
+    in_index = KeySet(index.column("key")).holds(changes.column("key"))
+    changes = changes.append_column("in_index", pa.array(in_index)).cast(CHANGES)
+    rows = index.take(pa.array(gone)).select(DELETIONS.names[:-1])
+    deletions = rows.append_column("change", pa.array(fate, pa.utf8())).cast(DELETIONS)
+    unique = len(first_of_each(corpus.column("text_hash")))
+    return Compared(
+        changes=TableRef.write(folder / "changes.arrow", CHANGES, [changes]),
+        deletions=TableRef.write(folder / "deletions.arrow", DELETIONS, [deletions]),
+        unchanged=int(quiet.sum()),
+        held=held,
+        duplicate=corpus.num_rows - unique,
+        unique_texts=unique,
+        unchanged_tokens=_tokens(corpus.filter(pa.array(quiet))),
+        duplicate_tokens=_repeated_tokens(corpus.filter(pa.array(~quiet))),
+        indexed=index.num_rows,
+    )
+
+
+def _tokens(table: pa.Table) -> int:
+    return pc.sum(table.column("tokens")).as_py() or 0
+
+
+def _repeated_tokens(table: pa.Table) -> int:
+    first = pa.array(first_of_each(table.column("text_hash")))
+    return _tokens(table) - _tokens(table.take(first))

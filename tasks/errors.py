@@ -1,0 +1,80 @@
+"""Everything that can go wrong, named after what happens next.
+
+EmbedOnceError
+├── SettingsError        a person changes a setting and runs again; nothing was touched
+├── CorpusError          a person mends the corpus and runs again; nothing was touched
+├── IndexHeld            another run holds the index; run again when it has ended
+├── IndexConflict        the table is not ours, or of another space; name another one
+└── ProviderError        what a provider's call can end with
+    ├── ProviderBusy     wait, then the same call may work
+    │   └── AnswerRejected   the answer failed a check; ask again, never store it
+    ├── BatchTooLarge    split the batch
+    ├── BatchRefused     one text in it is bad: isolate it
+    └── ProviderDenied   no call can work: stop
+
+A message says what was found and where, and what to do about it. It never holds
+a key or a whole text.
+"""
+
+from typing import Any, ClassVar
+
+
+class EmbedOnceError(Exception):
+    """Root of all errors meant for people.
+
+    One positional message, so that it survives pickling; facts ride along as keywords.
+
+    Attributes:
+        exit_code: What the command line ends with.
+        facts: Values behind the message, for logs and tests.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, **facts: Any) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+
+class SettingsError(EmbedOnceError):
+    """A setting is wrong or a guard refused; nothing was touched."""
+
+    exit_code = 2
+
+
+class CorpusError(EmbedOnceError):
+    """The corpus holds what no index can hold, such as one id twice; nothing was touched."""
+
+
+class IndexHeld(EmbedOnceError):
+    """Another run holds the index."""
+
+    exit_code = 6
+
+
+class IndexConflict(SettingsError):
+    """The table at `index` is not ours to write, or holds vectors of another space."""
+
+
+class ProviderError(EmbedOnceError):
+    """A call to a provider did not bring vectors."""
+
+
+class ProviderBusy(ProviderError):
+    """The same call may work later."""
+
+
+class AnswerRejected(ProviderBusy):
+    """The provider answered, but not with the vectors that were asked for."""
+
+
+class BatchTooLarge(ProviderError):
+    """The batch holds more than one call takes."""
+
+
+class BatchRefused(ProviderError):
+    """The provider refuses a text of this batch."""
+
+
+class ProviderDenied(ProviderError):
+    """No call can work: key, quota or model."""

@@ -1,0 +1,179 @@
+"""Fill: the second pass over the corpus, for the documents that changed.
+
+It streams the missing texts into batches while the first ones are already being embedded,
+and writes down the rows that the index will gain. A document that changed again since the
+first pass keeps its old rows: the next run sees it as it is then.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks.keys import NO_DOCUMENT, KeySet, document_key, first_of_each, identified, key_columns
+from tasks.limits import Limits, Packer
+from tasks.read import Reader, ReadNotes
+from tasks.schemas import (
+    BATCH,
+    CHANGES,
+    DELETIONS,
+    HASH,
+    PACKED,
+    Batch,
+    TableRef,
+    rows_schema,
+)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What the second pass leaves for publish.
+
+    Attributes:
+        rows: `rows_schema(metadata)`: what the index gains or rewrites.
+        changes: CHANGES that hold; those of unsettled documents are gone.
+        deletions: DELETIONS that hold.
+        updates: How many of `rows` the index has already.
+        unsettled: Documents or rows that changed between the two passes.
+    """
+
+    rows: TableRef
+    changes: TableRef
+    deletions: TableRef
+    updates: int
+    unsettled: int
+
+
+class Filling:
+    """One second pass: first iterate over `batches()` to its end, then call `finish()`."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        changes: TableRef,
+        deletions: TableRef,
+        packed: TableRef,
+        batches: int,
+        limits: Limits,
+        folder: Path,
+    ) -> None:
+        self._reader = reader
+        self._changes = changes.load(CHANGES)
+        self._deletions = deletions.load(DELETIONS)
+        self._keys = KeySet(self._changes.column("key"))
+        self._seen = np.zeros(self._changes.num_rows, dtype=bool)
+        self._batches = batches
+        missing = packed.load(PACKED)
+        self._missing = KeySet(missing.column("text_hash"))
+        self._tokens = missing.column("tokens").to_numpy()
+        self._sent = np.zeros(missing.num_rows, dtype=bool)
+        self._packer = Packer(limits)
+        self._folder = folder
+        self._rows = folder / "rows.arrow"
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches to embed, as they fill.
+
+        Yields:
+            Batches numbered from 1; each missing text stands in exactly one of them.
+        """
+        schema = rows_schema(self._reader.metadata)
+        waiting: list[pa.RecordBatch] = []
+        current = 1
+        with pa.ipc.new_file(str(self._rows), schema) as writer:
+            for rows in self._changed_rows():
+                writer.write_batch(rows)
+                for number, part in self._missing_texts(rows):
+                    if number != current:
+                        yield self._batch(current, waiting)
+                        current, waiting = number, []
+                    waiting.append(part)
+        if waiting:
+            yield self._batch(current, waiting)
+
+    def finish(self) -> Filled:
+        """Leave out what did not come again, and what goes with it."""
+        schema = rows_schema(self._reader.metadata)
+        rows = TableRef.of(self._rows)
+        changes, deletions = self._changes, self._deletions
+        lost = np.flatnonzero(~self._seen)
+        unsettled = 0
+        if len(lost):
+            whose = changes.take(pa.array(lost)).column("document_key").to_pylist()
+            documents = {key for key in whose if key != NO_DOCUMENT}
+            unsettled = len(documents) + whose.count(NO_DOCUMENT)
+            held = pa.array(sorted(documents), HASH)
+            rows = TableRef.write(
+                self._folder / "settled-rows.arrow",
+                schema,
+                (_without(batch, key_columns(batch)["document_key"], held)
+                 for batch in rows.batches(schema)),
+            )
+            changes = changes.filter(pa.array(self._seen))
+            changes = _without(changes, changes.column("document_key"), held)
+            deletions = _without(deletions, deletions.column("document_key"), held)
+        return Filled(
+            rows,
+            TableRef.write(self._folder / "settled-changes.arrow", CHANGES, [changes]),
+            TableRef.write(self._folder / "settled-deletions.arrow", DELETIONS, [deletions]),
+            updates=pc.sum(changes.column("in_index")).as_py() or 0,
+            unsettled=unsettled,
+        )
+
+    def _changed_rows(self) -> Iterator[pa.RecordBatch]:
+        """The rows of the corpus that the index will gain or rewrite, each once."""
+        if not len(self._keys):
+            return
+        documents = set(self._changes.column("document_key").unique().to_pylist())
+        chunks = self._reader.chunks(
+            ReadNotes(), wanted=lambda document: document_key(document) in documents
+        )
+        for rows in identified(chunks, self._reader.metadata):
+            at = self._keys.positions(key_columns(rows)["key"])
+            fits = at >= 0
+            hashes = self._changes.column("text_hash").take(pa.array(np.where(fits, at, 0)))
+            fits &= _equal(rows.column("text_hash"), hashes)
+            fits[fits] &= ~self._seen[at[fits]]
+            self._seen[at[fits]] = True
+            if fits.any():
+                yield rows.filter(pa.array(fits))
+
+    def _missing_texts(self, rows: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The texts among `rows` that nobody has paid for, with the batch each run goes in."""
+        at = self._missing.positions(rows.column("text_hash"))
+        first = np.zeros(len(at), dtype=bool)
+        first[first_of_each(rows.column("text_hash"))] = True
+        take = np.flatnonzero(first & (at >= 0))
+        take = take[~self._sent[at[take]]]
+        if not len(take):
+            return
+        self._sent[at[take]] = True
+        tokens = self._tokens[at[take]]
+        numbers = np.array([self._packer.place(int(count)) for count in tokens])
+        texts = rows.take(pa.array(take))
+        table = pa.record_batch(
+            [texts.column("text_hash"), texts.column("text"), pa.array(tokens, pa.int32())],
+            schema=BATCH,
+        )
+        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+        for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
+            yield int(numbers[start]), table.slice(start, end - start)
+
+    def _batch(self, number: int, parts: list[pa.RecordBatch]) -> Batch:
+        ref = TableRef.write(self._folder / f"batch-{number:08d}.arrow", BATCH, parts)
+        tokens = sum(int(np.sum(part.column("tokens").to_numpy())) for part in parts)
+        return Batch(number, self._batches, ref, tokens)
+
+
+def _equal(left: pa.Array, right: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    return pc.equal(left, right.combine_chunks()).to_numpy(zero_copy_only=False)
+
+
+def _without(
+    table: pa.Table | pa.RecordBatch, documents: pa.Array | pa.ChunkedArray, held: pa.Array
+) -> pa.Table | pa.RecordBatch:
+    return table.filter(pa.array(~KeySet(held).holds(documents)))

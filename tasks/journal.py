@@ -1,0 +1,264 @@
+"""The journal: an answer is durable before anything else can fail.
+
+Each run has a folder under `state.uri`:
+
+    runs/<run id>/alive          locked as long as the run lives
+    runs/<run id>/answers/*.arrow    one file an answer: vectors, and the call in its metadata
+    runs/<run id>/calls.jsonl    one line a provider call, whatever became of it
+    runs/<run id>/staging/       tables between the stages
+
+An answer is written to a temporary file, synced and renamed, so a file with its final
+name is whole. Answers are folded into the cache in groups, as a LanceDB commit for each
+would make thousands of versions. A folder whose run is dead is folded by the next run.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from tasks.cache import SPACE, Cache
+from tasks.providers import Space, Vectors
+from tasks.schemas import require, vectors_schema
+
+CALL = b"embed_once.call"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call to a provider, as the ledger keeps it.
+
+    Attributes:
+        run_id: The run that made it.
+        batch: Number of its batch, from 1.
+        attempt: From 1.
+        status: "ok", or the class of the error.
+        started_at: ISO 8601, UTC.
+        seconds: From sending to the end of the answer.
+        texts: Texts in it.
+        tokens_estimated: By our own count.
+        tokens_billed: By the provider's word; 0 where it failed.
+        usd: tokens_billed at list price.
+        request_id: The provider's name for it.
+    """
+
+    run_id: str
+    batch: int
+    attempt: int
+    status: str
+    started_at: str
+    seconds: float
+    texts: int
+    tokens_estimated: int
+    tokens_billed: int
+    usd: float
+    request_id: str
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run. A value: tasks in other processes use it too."""
+
+    state_uri: str
+    run_id: str
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return Path(self.state_uri) / "runs" / self.run_id
+
+    @property
+    def staging(self) -> Path:
+        """Where tables between the stages lie."""
+        return self.path / "staging"
+
+    @property
+    def answers(self) -> list[Path]:
+        """Files of all answers not yet folded, oldest batch first."""
+        return sorted((self.path / "answers").glob("*.arrow"))
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Mark the run as living until the block ends, then remove what is spent.
+
+        The folder stays if it still holds answers or calls: the next run takes them up.
+        """
+        self.staging.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / "alive"):
+            try:
+                yield
+            finally:
+                shutil.rmtree(self.staging, ignore_errors=True)
+                if not self.answers and not (self.path / "calls.jsonl").exists():
+                    shutil.rmtree(self.path, ignore_errors=True)
+
+    def write_answer(self, hashes: pa.Array, vectors: Vectors, space: Space, call: Call) -> Path:
+        """Make an answer durable; it survives a kill from the moment this returns.
+
+        Args:
+            hashes: text_hash of each row.
+            vectors: float32, shape (len(hashes), space.dimension).
+            space: Where the vectors live.
+            call: The call that brought them.
+        """
+        schema = vectors_schema(space.dimension).with_metadata(
+            {SPACE: space.to_json().encode(), CALL: json.dumps(asdict(call)).encode()}
+        )
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), space.dimension)
+        target = self.path / "answers" / f"{call.batch:08d}.arrow"
+        target.parent.mkdir(exist_ok=True)
+        temporary = target.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                writer.write_batch(pa.record_batch([hashes, column], schema=schema))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(target)
+        _sync_folder(target.parent)
+        self.note(call)
+        return target
+
+    def note(self, call: Call) -> None:
+        """Write the call down, whatever became of it."""
+        line = json.dumps(asdict(call)) + "\n"
+        with (self.path / "calls.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def calls(self) -> list[Call]:
+        """All calls noted, and those that only their answer knows of."""
+        file = self.path / "calls.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        calls = {}
+        for line in lines:
+            try:
+                call = Call(**json.loads(line))
+            except (ValueError, TypeError):
+                continue  # cut off by a kill; its answer, if it has one, knows the call
+            calls[call.batch, call.attempt] = call
+        for path in self.answers:
+            answer = read_answer(path)
+            if answer is not None:
+                calls.setdefault((answer.call.batch, answer.call.attempt), answer.call)
+        return list(calls.values())
+
+    def forget_calls(self) -> None:
+        """Drop the notes once the ledger has them."""
+        (self.path / "calls.jsonl").unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class StoredAnswer:
+    """An answer as the journal keeps it: vectors_schema rows, their space and their call."""
+
+    table: pa.Table
+    space: Space
+    call: Call
+
+
+def read_answer(path: Path) -> StoredAnswer | None:
+    """The answer in the file at `path`; None where the file is not whole."""
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        metadata = table.schema.metadata or {}
+        space = Space.from_json(metadata[SPACE].decode())
+        call = Call(**json.loads(metadata[CALL]))
+        table = table.replace_schema_metadata(None)
+        require(table.schema, vectors_schema(space.dimension), str(path))
+    except (OSError, pa.ArrowInvalid, KeyError, ValueError, TypeError):
+        return None
+    return StoredAnswer(table, space, call)
+
+
+def fold(folder: RunFolder, cache: Cache, paths: Iterable[Path] | None = None) -> int:
+    """Move answers of the cache's space into it, in one commit; the files go.
+
+    Returns:
+        Vectors added to the cache.
+    """
+    chosen = list(folder.answers if paths is None else paths)
+    answers = [(path, read_answer(path)) for path in chosen]
+    mine = [(path, answer) for path, answer in answers if answer and answer.space == cache.space]
+    added = cache.remember(answer.table for _, answer in mine)
+    for path, _ in mine:
+        path.unlink()
+    return added
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What dead runs left behind.
+
+    Attributes:
+        vectors: Vectors they had paid for, now in the cache.
+        set_aside: Files that could not be read, moved to `state.uri`/set-aside.
+    """
+
+    vectors: int = 0
+    set_aside: tuple[Path, ...] = ()
+
+
+def recover(state_uri: str, record: Callable[[list[Call]], None]) -> Recovered:
+    """Fold what runs that died have left; leave living runs alone.
+
+    Args:
+        state_uri: Where the runs' folders are.
+        record: Takes the calls of a dead run into the ledger.
+    """
+    recovered = Recovered()
+    for path in sorted((Path(state_uri) / "runs").glob("*")):
+        try:
+            with FileLock(path / "alive", timeout=0):
+                found = _recover_one(RunFolder(state_uri, path.name), record)
+        except Timeout:
+            continue
+        recovered = Recovered(
+            recovered.vectors + found.vectors, recovered.set_aside + found.set_aside
+        )
+    return recovered
+
+
+def _recover_one(folder: RunFolder, record: Callable[[list[Call]], None]) -> Recovered:
+    calls = folder.calls()
+    spaces, set_aside = set(), []
+    for file in folder.answers:
+        answer = read_answer(file)
+        if answer is None:
+            set_aside.append(_set_aside(folder, file))
+        else:
+            spaces.add(answer.space)
+    vectors = sum(fold(folder, Cache(folder.state_uri, space)) for space in spaces)
+    if calls:
+        record(calls)
+    shutil.rmtree(folder.path, ignore_errors=True)
+    return Recovered(vectors, tuple(set_aside))
+
+
+def unfolded_hashes(state_uri: str, space: Space) -> list[pa.Array]:
+    """text_hash columns of answers that no run has folded yet; for a plan, which writes nothing."""
+    files = sorted((Path(state_uri) / "runs").glob("*/answers/*.arrow"))
+    answers = [read_answer(file) for file in files]
+    return [
+        answer.table.column("text_hash").combine_chunks()
+        for answer in answers
+        if answer is not None and answer.space == space
+    ]
+
+
+def _set_aside(folder: RunFolder, file: Path) -> Path:
+    target = Path(folder.state_uri) / "set-aside" / f"{folder.run_id}-{file.name}"
+    target.parent.mkdir(exist_ok=True)
+    return file.rename(target)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

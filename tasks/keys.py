@@ -1,0 +1,185 @@
+"""The two identities: what a text is (paid for once), and where a chunk stands.
+
+All are blake2b-128 digests: 16 bytes, so that keys of a whole corpus fit in memory.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks.schemas import HASH, metadata_fields, rows_schema
+
+NO_DOCUMENT = bytes(16)
+"""Document key of a row that belongs to no document."""
+
+
+def digest(data: bytes) -> bytes:
+    """blake2b-128 of `data`."""
+    return blake2b(data, digest_size=16).digest()
+
+
+def text_hash(text: str) -> bytes:
+    """Identity of a text: the digest of exactly what is sent."""
+    return digest(text.encode())
+
+
+def document_key(document: str | None) -> bytes:
+    """Fixed-width name of a document."""
+    return NO_DOCUMENT if document is None else digest(document.encode())
+
+
+def chunk_id(document: str, text_digest: bytes, occurrence: int) -> str:
+    """Id of a chunk of a file: hex digest of path, text and how often it stood there before.
+
+    An insertion at the top of a file moves no other id.
+    """
+    return digest(b"\0".join([document.encode(), text_digest, str(occurrence).encode()])).hex()
+
+
+def hash_column(digests: Sequence[bytes]) -> pa.Array:
+    """`digests` as an Arrow array of 16 bytes each."""
+    return pa.array(digests, HASH)
+
+
+def identified(
+    batches: Iterable[pa.RecordBatch], metadata: list[pa.Field]
+) -> Iterator[pa.RecordBatch]:
+    """Chunks with their text_hash, and for files with their id.
+
+    Args:
+        batches: CHUNKS and metadata; the chunks of a document are contiguous.
+        metadata: The source's own columns.
+
+    Yields:
+        Batches of `rows_schema(metadata)`, row for row those of `batches`.
+    """
+    schema = rows_schema(metadata)
+    occurrences: Counter[bytes] = Counter()
+    current: str | None = None
+    for batch in batches:
+        hashes = [text_hash(text) for text in batch.column("text").to_pylist()]
+        ids = batch.column("id").to_pylist()
+        for row, document in enumerate(batch.column("document").to_pylist()):
+            if ids[row] is not None:
+                continue
+            if document != current:
+                occurrences.clear()
+                current = document
+            ids[row] = chunk_id(document, hashes[row], occurrences[hashes[row]])
+            occurrences[hashes[row]] += 1
+        own = {
+            "id": pa.array(ids, pa.utf8()),
+            "text_hash": hash_column(hashes),
+            **{name: batch.column(name) for name in ("document", "text", "start_line", "end_line")},
+        }
+        columns = [
+            own[name] if name in own else batch.column(name).cast(schema.field(name).type)
+            for name in schema.names
+        ]
+        yield pa.record_batch(columns, schema=schema)
+
+
+def key_columns(rows: pa.RecordBatch) -> dict[str, pa.Array]:
+    """The columns `key`, `document_key` and `row_hash` for rows with id, document, metadata."""
+    names = rows.column("document").dictionary_encode()
+    by_name = hash_column([document_key(name) for name in names.dictionary.to_pylist()])
+    documents = pc.fill_null(by_name.take(names.indices), pa.scalar(NO_DOCUMENT, HASH))
+    metadata = [rows.column(field.name) for field in metadata_fields(rows.schema)]
+    return {
+        "key": hash_column([digest(id_.encode()) for id_ in rows.column("id").to_pylist()]),
+        "document_key": documents,
+        "row_hash": _row_hashes([documents, *metadata]) if metadata else documents,
+    }
+
+
+class KeySet:
+    """Finds 16-byte keys among many, without a Python object for each.
+
+    Held sorted as pairs of uint64, which is 24 bytes a key with its position.
+    """
+
+    def __init__(self, keys: pa.Array | pa.ChunkedArray) -> None:
+        high, low = _halves(keys)
+        self._position = np.lexsort((low, high))
+        self._high, self._low = high[self._position], low[self._position]
+
+    def __len__(self) -> int:
+        return len(self._high)
+
+    def positions(self, keys: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.int64]:
+        """For each key its position in the set as given, -1 where it is not in it."""
+        high, low = _halves(keys)
+        found = np.full(len(high), -1, dtype=np.int64)
+        if not len(self):
+            return found
+        at = np.searchsorted(self._high, high)
+        looking = np.arange(len(high))
+        while len(looking):  # more than once only where two keys share their first half
+            inside = at[looking] < len(self)
+            looking = looking[inside]
+            looking = looking[self._high[at[looking]] == high[looking]]
+            hit = self._low[at[looking]] == low[looking]
+            found[looking[hit]] = self._position[at[looking[hit]]]
+            looking = looking[~hit]
+            at[looking] += 1
+        return found
+
+    def holds(self, keys: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+        """For each key whether it is in the set."""
+        return self.positions(keys) >= 0
+
+
+def first_of_each(keys: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """Positions at which a key stands for the first time, ascending."""
+    high, low = _halves(keys)
+    order = np.lexsort((np.arange(len(high)), low, high))
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
+    return np.sort(order[new])
+
+
+def _halves(
+    keys: pa.Array | pa.ChunkedArray,
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    if isinstance(keys, pa.ChunkedArray):
+        keys = keys.combine_chunks()
+    if not len(keys):
+        return np.empty(0, np.uint64), np.empty(0, np.uint64)
+    numbers = np.frombuffer(keys.buffers()[1], dtype=np.uint64).reshape(-1, 2)
+    numbers = numbers[keys.offset : keys.offset + len(keys)]
+    return np.ascontiguousarray(numbers[:, 0]), np.ascontiguousarray(numbers[:, 1])
+
+
+def _row_hashes(columns: Sequence[pa.Array]) -> pa.Array:
+    """For each row the digest of all `columns`; when it differs, the row moved."""
+    joined = pc.binary_join_element_wise(*[_tagged(column) for column in columns], b"")
+    return hash_column([digest(row) for row in joined.to_pylist()])
+
+
+def _tagged(column: pa.Array) -> pa.Array:
+    """Each value as bytes that say their own length, so that no two rows read alike."""
+    values = _as_bytes(column)
+    lengths = pc.cast(pc.cast(pc.binary_length(values), pa.utf8()), pa.binary())
+    tagged = pc.binary_join_element_wise(lengths, values, b":")
+    return pc.fill_null(tagged, pa.scalar(b"-", pa.binary()))
+
+
+def _as_bytes(column: pa.Array) -> pa.Array:
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_fixed_size_binary(kind):
+        return pc.cast(column, pa.binary())
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        return pc.cast(pc.cast(column, pa.utf8()), pa.binary())
+    return pa.array(
+        [
+            None if value is None else json.dumps(value, sort_keys=True, default=repr).encode()
+            for value in column.to_pylist()
+        ],
+        pa.binary(),
+    )

@@ -1,0 +1,80 @@
+"""The ledger: every run and every provider call, two LanceDB tables under `state.uri`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lancedb
+import pyarrow as pa
+from lancedb.table import Table
+
+from tasks.journal import Call
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RUNS = pa.schema(
+    [
+        pa.field("run_id", pa.utf8(), nullable=False),
+        pa.field("index", pa.utf8(), nullable=False),
+        pa.field("state", pa.utf8(), nullable=False),
+        pa.field("started_at", pa.utf8(), nullable=False),
+        pa.field("generation", pa.int64()),
+        pa.field("tokens_billed", pa.int64(), nullable=False),
+        pa.field("usd", pa.float64(), nullable=False),
+        pa.field("report", pa.utf8(), nullable=False),
+    ]
+)
+"""One row a run; `report` is the run report as JSON."""
+
+_ARROW = {"str": pa.utf8(), "int": pa.int64(), "float": pa.float64()}
+CALLS = pa.schema([pa.field(f.name, _ARROW[str(f.type.__name__)]) for f in fields(Call)])  # type: ignore[union-attr]
+"""One row a provider call, fields as in `Call`."""
+
+
+class Ledger:
+    """What was done and what it cost."""
+
+    def __init__(self, state_uri: str) -> None:
+        self._uri = state_uri
+
+    def record_run(self, row: dict[str, object]) -> None:
+        """Append a row of RUNS."""
+        self._append("ledger", RUNS, [row])
+
+    def record_calls(self, calls: Sequence[Call]) -> None:
+        """Append provider calls."""
+        if calls:
+            self._append("calls", CALLS, [asdict(call) for call in calls])
+
+    def runs(self) -> "pd.DataFrame":
+        """All runs as a frame, oldest first; fields of the report as columns `chunks.added`."""
+        import pandas as pd  # noqa: PLC0415
+
+        table = self._open("ledger")
+        rows = [] if table is None else table.to_arrow().column("report").to_pylist()
+        frame = pd.json_normalize([_parsed(row) for row in rows])
+        return frame.sort_values("started_at", ignore_index=True) if len(frame) else frame
+
+    def calls(self) -> "pd.DataFrame":
+        """All provider calls as a frame, in the order they were recorded."""
+        table = self._open("calls")
+        arrow = CALLS.empty_table() if table is None else table.to_arrow()
+        return arrow.to_pandas()
+
+    def _open(self, name: str) -> Table | None:
+        if not (Path(self._uri) / f"{name}.lance").exists():
+            return None
+        return lancedb.connect(self._uri).open_table(name)
+
+    def _append(self, name: str, schema: pa.Schema, rows: list[dict[str, object]]) -> None:
+        connection = lancedb.connect(self._uri)
+        table = connection.create_table(name, schema=schema, exist_ok=True)
+        table.add(pa.Table.from_pylist(rows, schema=schema))
+
+
+def _parsed(report: str) -> dict[str, object]:
+    import json  # noqa: PLC0415
+
+    return dict(json.loads(report))

@@ -1,0 +1,45 @@
+"""Pack: the missing texts are cut into batches that one call takes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from tasks.limits import Limits, Packer
+from tasks.schemas import MISSES, PACKED, TableRef
+from tasks.stage import stage
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The batches to come.
+
+    Attributes:
+        table: PACKED.
+        batches: How many calls it takes.
+        texts: Texts in all.
+        tokens: Estimated tokens in all.
+    """
+
+    table: TableRef
+    batches: int
+    texts: int
+    tokens: int
+
+
+@stage("pack")
+def pack(misses: TableRef, limits: Limits, target: Path) -> Packed:
+    """Say which text goes in which batch.
+
+    Args:
+        misses: MISSES, each text once.
+        limits: What one call takes.
+        target: File for the PACKED table.
+    """
+    table = misses.load(MISSES)
+    packer = Packer(limits)
+    tokens = table.column("tokens").to_pylist()
+    numbers = [packer.place(count) for count in tokens]
+    packed = table.append_column("batch", pa.array(numbers, pa.int32())).cast(PACKED)
+    ref = TableRef.write(target, PACKED, [packed])
+    return Packed(ref, batches=packer.batch, texts=len(tokens), tokens=sum(tokens))

@@ -1,0 +1,265 @@
+"""The config file and the run form: every choice a person makes, checked before anything starts.
+
+A config is one YAML file. Relative paths in it are taken from the project folder: the
+nearest parent of the file that holds `prefect.yaml`, else the file's own folder. The
+working directory never matters.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from tasks.errors import SettingsError
+
+
+def _at_home(path: str, info: ValidationInfo) -> str:
+    """`path` made absolute from the project folder."""
+    if "://" in path and not path.startswith("file://"):
+        raise ValueError("object storage is not supported yet; name a local folder")
+    base = (info.context or {}).get("base", Path.cwd())
+    return str((Path(base) / Path(path.removeprefix("file://")).expanduser()).resolve())
+
+
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_at_home)]
+"""A path on this machine, absolute once it is validated."""
+
+
+class Settings(BaseModel):
+    """What all parts of a config share: no unknown key, no silent conversion, no change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Split(Settings):
+    """How a document is cut into chunks."""
+
+    max_tokens: int = Field(default=400, ge=16, le=32_000, description="Longest chunk.")
+    overlap_tokens: int = Field(default=40, ge=0, description="What a chunk repeats of the last.")
+
+    @model_validator(mode="after")
+    def _overlap_is_smaller(self) -> "Split":
+        if self.overlap_tokens >= self.max_tokens:
+            raise ValueError(
+                f"overlap_tokens ({self.overlap_tokens}) must be smaller than "
+                f"max_tokens ({self.max_tokens})"
+            )
+        return self
+
+
+class FilesSource(Settings):
+    """A folder of text, Markdown and code."""
+
+    kind: Literal["files"]
+    path: LocalPath = Field(description="Folder, or a single file.")
+    include: list[str] = Field(default=["**/*"], description="Patterns as in .gitignore.")
+    exclude: list[str] = Field(default=[], description="Patterns as in .gitignore.")
+    respect_gitignore: bool = Field(default=True, description="Skip what git ignores.")
+    split: Split = Split()
+
+
+class TableSource(Settings):
+    """A table with one chunk a row: Parquet, CSV, JSON lines, Arrow, LanceDB, or a folder."""
+
+    kind: Literal["table"]
+    path: LocalPath = Field(description="File, LanceDB table, or a folder of files of one kind.")
+    id: str = Field(default="id", description="Column that names a chunk: text or integer.")
+    text: str = Field(default="text", description="Column that is embedded.")
+    document: str | None = Field(default=None, description="Column that names the document.")
+    metadata: list[str] | None = Field(
+        default=None, description="Further columns to keep; null keeps all of them."
+    )
+
+
+Source = Annotated[FilesSource | TableSource, Field(discriminator="kind")]
+
+
+class Embedding(Settings):
+    """Who embeds, and how long the vectors are."""
+
+    provider: Literal["lexical", "voyage"]
+    model: str | None = Field(default=None, description="Name in configs/models.yaml.")
+    dimension: int | None = Field(default=None, ge=1, description="null: the model's default.")
+
+
+class LimitSettings(Settings):
+    """The most a run may ask of the provider; null is what the model allows at that tier."""
+
+    tier: int = Field(default=1, ge=1, le=3, description="Usage tier of the account.")
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    concurrency: int = Field(default=8, ge=1, le=256, description="Calls in flight at once.")
+    texts_per_request: int | None = Field(default=None, ge=1)
+    tokens_per_request: int | None = Field(default=None, ge=1)
+
+
+class Index(Settings):
+    """The LanceDB table that follows the corpus."""
+
+    uri: LocalPath = Field(description="Folder of the LanceDB database.")
+    table: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="Name of the table.")
+    metric: Literal["cosine", "l2", "dot"] = "cosine"
+    max_deleted_fraction: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Refuse a run that would delete more than this share of the index.",
+    )
+
+
+class State(Settings):
+    """Where what was paid for is kept: cache, journal, ledger."""
+
+    uri: LocalPath = Field(description="Folder; several indexes may share it.")
+
+
+class Config(Settings):
+    """One index and all that fills it."""
+
+    name: str = Field(min_length=1, max_length=80, description="For people, in reports.")
+    source: Source
+    embedding: Embedding
+    limits: LimitSettings = LimitSettings()
+    index: Index
+    state: State
+
+
+class Overrides(BaseModel):
+    """What one run does otherwise than the config file says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    narrow: str | None = Field(
+        default=None,
+        title="Narrower source path",
+        description="Look only at this file or folder below source.path, say `guides/api`; "
+        "all other documents stay in the index as they are.",
+        json_schema_extra={"position": 0},
+    )
+    accept_splitter: bool = Field(
+        default=False,
+        title="Accept another splitter",
+        description="Cut the documents with the installed splitter although the index was made "
+        "with another version; chunks that come out differently are embedded again.",
+        json_schema_extra={"position": 1},
+    )
+    settings: list[str] = Field(
+        default=[],
+        title="Further settings",
+        description="Config values as `key=value`, one a line, "
+        "say `index.max_deleted_fraction=1` or `limits.concurrency=2`.",
+        json_schema_extra={"position": 2},
+    )
+
+
+def load_config(path: str | Path, settings: Sequence[str] = ()) -> Config:
+    """Read and check the config at `path`, with `settings` ("a.b=c") laid over it.
+
+    Returns:
+        The config, all its paths absolute.
+
+    Raises:
+        SettingsError: The file cannot be read, or a key or value in it is wrong.
+    """
+    file = Path(path).expanduser().resolve()
+    values = _read_yaml(file)
+    for setting in settings:
+        _lay_over(values, setting)
+    try:
+        return Config.model_validate(values, context={"base": project_folder(file)})
+    except ValidationError as error:
+        raise SettingsError(_explain(error, file), file=str(file)) from None
+
+
+def project_folder(file: Path) -> Path:
+    """The folder that relative paths in the config at `file` start from."""
+    for parent in file.parents:
+        if (parent / "prefect.yaml").is_file():
+            return parent
+    return file.parent
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"There is no config file at {file}.") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{file} is not UTF-8 text: {error.reason}.") from None
+    except OSError as error:
+        raise SettingsError(f"{file} cannot be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"{file} must hold keys and values, such as `name: docs`.")
+    return values
+
+
+def _lay_over(values: dict[str, Any], setting: str) -> None:
+    """Set the one value that `setting` ("a.b=c") names; c is read as YAML."""
+    path, equals, text = setting.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or not all(keys):
+        raise SettingsError(f"{setting!r} is no setting; write it as `key=value`, say `name=docs`.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SettingsError(f"The value in {setting!r} is not valid YAML.") from None
+    for key in keys[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise SettingsError(f"{setting!r}: {key!r} has no keys of its own.")
+        values = inner
+    values[keys[-1]] = value
+
+
+def _explain(error: ValidationError, file: Path) -> str:
+    """All that is wrong with the config, a line each, in words."""
+    lines = [f"  {_explain_one(dict(problem))}" for problem in error.errors(include_url=False)]
+    return "\n".join([f"{file} is not a valid config:", *lines])
+
+
+def _explain_one(problem: dict[str, Any]) -> str:
+    # The tag of the source's kind stands in the location, but is no key of the file.
+    where = [str(part) for part in problem["loc"] if part not in {"files", "table"}]
+    if problem["loc"][-1:] == ("table",) and len(problem["loc"]) == 2:  # noqa: PLR2004
+        where = [str(part) for part in problem["loc"]]  # index.table
+    key = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key.{_did_you_mean(where)}"
+    if problem["type"] == "missing":
+        return f"{key}: missing."
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    found = problem.get("input")
+    shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
+    return f"{key or 'config'}: {message}{shown}."
+
+
+def _did_you_mean(where: Sequence[str]) -> str:
+    """The known keys beside the unknown one, nearest first named."""
+    sections: dict[str, list[type[BaseModel]]] = {
+        "": [Config],
+        "source": [FilesSource, TableSource],
+        "source.split": [Split],
+        "embedding": [Embedding],
+        "limits": [LimitSettings],
+        "index": [Index],
+        "state": [State],
+    }
+    models = sections.get(".".join(where[:-1]), [])
+    known = sorted({name for model in models for name in model.model_fields})
+    near = difflib.get_close_matches(where[-1], known, n=1)
+    if near:
+        return f" Did you mean {near[0]!r}?"
+    return f" Known here: {', '.join(known)}." if known else ""

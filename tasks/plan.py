@@ -1,0 +1,313 @@
+"""Plan: what a reindex would do and cost, known before a cent is spent.
+
+`survey` is the first half of every run, the order of the stages up to pack. It writes to
+the staging folder only.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from tasks.cache import Cache
+from tasks.catalog import ModelFacts, dimension_of, facts_for, limits_for
+from tasks.compare import Compared, Held, compare, tally
+from tasks.errors import SettingsError
+from tasks.fingerprint import Keyed, fingerprint
+from tasks.index import Identity, identity_of, open_index, require_space, scan
+from tasks.journal import unfolded_hashes
+from tasks.lookup import LookedUp, lookup
+from tasks.pack import Packed, pack
+from tasks.params import Config, FilesSource, Overrides
+from tasks.providers import Provider
+from tasks.providers.lexical import Lexical
+from tasks.providers.voyage import Voyage
+from tasks.read import Reader
+from tasks.read.files import FilesReader
+from tasks.read.tables import TableReader
+from tasks.report import Chunks, Cost, Part, Row, Saved, Texts, chunk_rows, cost_text, skipped_rows
+from tasks.schemas import CHANGES, DELETIONS, TableRef, metadata_fields
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All that is known before anything is sent."""
+
+    config: Config
+    facts: ModelFacts
+    provider: Provider
+    reader: Reader
+    identity: Identity
+    cache: Cache
+    keyed: Keyed
+    indexed: TableRef
+    compared: Compared
+    looked_up: LookedUp
+    packed: Packed
+    compare_s: float
+    lookup_s: float
+
+    @property
+    def other_splitter(self) -> str:
+        """The splitter the index was made with, if it is another one; else ""."""
+        table = open_index(self.config.index)
+        theirs = identity_of(table).splitter if table is not None else self.identity.splitter
+        return theirs if theirs != self.identity.splitter else ""
+
+
+def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
+    """Read, fingerprint, compare, look up and pack; nothing is sent or published.
+
+    Args:
+        config: Which corpus, which index.
+        overrides: What this run does otherwise.
+        folder: Staging folder for the tables between the stages.
+
+    Raises:
+        SettingsError: The config does not fit the corpus, the model or the index.
+        CorpusError: The corpus holds what no index can hold.
+    """
+    facts = facts_for(config.embedding)
+    provider = open_provider(config, facts)
+    reader = open_reader(config, overrides)
+    identity = Identity(provider.space, reader.splitter)
+    table = open_index(config.index)
+    if table is not None:
+        require_space(table, config.index, identity.space)
+
+    keyed = fingerprint(reader, provider.count, folder / "keyed.arrow")
+    compare_started = time.perf_counter()
+    indexed = scan(table, folder / "indexed.arrow")
+    held = Held(tuple(keyed.notes.unread), overrides.narrow)
+    same_columns = table is None or metadata_fields(table.schema) == reader.metadata
+    compared = compare(
+        keyed.table, indexed, config.source.kind, held, folder, same_columns=same_columns
+    )
+    lookup_started = time.perf_counter()
+    cache = Cache(config.state.uri, identity.space)
+    unfolded = unfolded_hashes(config.state.uri, identity.space)
+    looked_up = lookup(compared.changes, indexed, cache, unfolded, folder / "misses.arrow")
+    packed = pack(looked_up.misses, provider.limits, folder / "packed.arrow")
+    return Survey(
+        config=config,
+        facts=facts,
+        provider=provider,
+        reader=reader,
+        identity=identity,
+        cache=cache,
+        keyed=keyed,
+        indexed=indexed,
+        compared=compared,
+        looked_up=looked_up,
+        packed=packed,
+        compare_s=lookup_started - compare_started,
+        lookup_s=time.perf_counter() - lookup_started,
+    )
+
+
+def open_provider(config: Config, facts: ModelFacts) -> Provider:
+    """Who embeds, by the config."""
+    dimension = dimension_of(config.embedding)
+    limits = limits_for(config.limits, facts)
+    if facts.provider == "lexical":
+        return Lexical(dimension, limits)
+    return Voyage(facts.name, dimension, limits)
+
+
+def open_reader(config: Config, overrides: Overrides) -> Reader:
+    """The corpus, by the config.
+
+    Raises:
+        SettingsError: The source cannot be narrowed as asked.
+    """
+    source = config.source
+    if isinstance(source, FilesSource):
+        own = [Path(config.index.uri), Path(config.state.uri)]
+        return FilesReader(source, skip_paths=own, narrow=overrides.narrow)
+    if overrides.narrow is not None:
+        raise SettingsError("A narrower source path needs a source of files, not of tables.")
+    return TableReader(source)
+
+
+def require_runnable(config: Config) -> None:
+    """Refuse at once what can be planned but not run.
+
+    Raises:
+        SettingsError: The provider cannot embed yet.
+    """
+    if config.embedding.provider == "voyage":
+        raise SettingsError(
+            "embedding.provider: this version plans for 'voyage' but does not call it. "
+            "Use `embed-once plan` for the price, or provider 'lexical' to build an index."
+        )
+
+
+def require_safe(survey: Survey, overrides: Overrides) -> None:
+    """Refuse what a person must decide first; nothing was touched.
+
+    Raises:
+        SettingsError: The corpus is empty, has shrunk too far, or is cut by another splitter.
+    """
+    config, compared = survey.config, survey.compared
+    if not survey.keyed.table.rows and not compared.indexed:
+        seen = ", ".join(f"{count} {why}" for why, count in survey.keyed.notes.skipped.items())
+        raise SettingsError(
+            f"source.path: there is nothing to index in {config.source.path}"
+            f"{f' (skipped: {seen})' if seen else ''}. Check the path, and which documents or "
+            "columns the source takes."
+        )
+    counts = tally(compared.changes.load(CHANGES), compared.deletions.load(DELETIONS))
+    most = config.index.max_deleted_fraction
+    if counts["deleted"] > most * compared.indexed:
+        raise SettingsError(
+            f"This run would delete {counts['deleted']:,} of {compared.indexed:,} chunks from the "
+            f"index {config.index.table!r}, more than index.max_deleted_fraction ({most:g}) "
+            f"allows. Nothing was touched. See that {config.source.path} is complete; if the "
+            "corpus really shrank, run with --set index.max_deleted_fraction=1.",
+            deleted=counts["deleted"],
+        )
+    if survey.other_splitter and not overrides.accept_splitter:
+        raise SettingsError(
+            f"The index {config.index.table!r} was cut by splitter {survey.other_splitter}, "
+            f"installed is {survey.identity.splitter}. Going on would embed "
+            f"{survey.packed.texts:,} texts ({survey.packed.tokens:,} tokens, "
+            f"${survey.facts.usd(survey.packed.tokens):.2f}). Run with --accept-splitter to do "
+            "so, or install the splitter's former version."
+        )
+
+
+class Plan(Part):
+    """What a reindex would do. Nothing was spent or written to find out.
+
+    Attributes:
+        source: Absolute path of the corpus.
+        index: Folder and table.
+        space: Provider, model, dimension and dtype.
+        calls: Requests it takes.
+        tokens: Estimated tokens to embed.
+        usd: Their list price; `free_tokens` of the account are not taken off.
+        usd_batch_lane: The same in the provider's Batch lane; null where it has none.
+        seconds_at_limits: Least time the account's limits allow.
+        bound_by: Which limit that is; "" where there is none.
+        would_refuse: Why a reindex would refuse to start; "" if it would not.
+    """
+
+    name: str
+    source: str
+    index: str
+    space: str
+    chunks: Chunks
+    texts: Texts
+    calls: int
+    tokens: int
+    cost: Cost
+    usd_batch_lane: float | None
+    free_tokens: int
+    seconds_at_limits: float
+    bound_by: str
+    documents: int
+    skipped: dict[str, int] = Field(default={})
+    unread: list[str] = Field(default=[])
+    would_refuse: str = ""
+
+
+def plan_of(survey: Survey, overrides: Overrides) -> Plan:
+    """The plan that follows from a survey."""
+    facts, packed, config = survey.facts, survey.packed, survey.config
+    limits = survey.provider.limits
+    try:
+        require_safe(survey, overrides)
+        refusal = ""
+    except SettingsError as error:
+        refusal = str(error)
+    compared = survey.compared
+    changes, deletions = compared.changes.load(CHANGES), compared.deletions.load(DELETIONS)
+    return Plan(
+        name=config.name,
+        source=config.source.path,
+        index=index_name(config),
+        space=str(survey.identity.space),
+        chunks=chunks_of(survey, tally(changes, deletions)),
+        texts=texts_of(survey, packed.texts),
+        calls=packed.batches,
+        tokens=packed.tokens,
+        cost=cost_of(survey, packed.tokens),
+        usd_batch_lane=facts.batch_usd(packed.tokens),
+        free_tokens=facts.free_tokens,
+        seconds_at_limits=limits.seconds_needed(packed.batches, packed.tokens),
+        bound_by=limits.binding(packed.batches, packed.tokens),
+        documents=survey.keyed.notes.documents,
+        skipped=dict(survey.keyed.notes.skipped),
+        unread=survey.keyed.notes.unread,
+        would_refuse=refusal,
+    )
+
+
+def make_plan(config: Config, overrides: Overrides) -> Plan:
+    """Plan a reindex; leaves no trace."""
+    with tempfile.TemporaryDirectory(prefix="embed-once-") as folder:
+        return plan_of(survey(config, overrides, Path(folder)), overrides)
+
+
+def plan_rows(plan: Plan) -> list[Row]:
+    """The plan as label and value, in the order people read it."""
+    rows = [
+        ("source", plan.source),
+        ("index", plan.index),
+        ("space", plan.space),
+        ("documents", f"{plan.documents:,}"),
+        *chunk_rows(plan.chunks),
+        ("duplicate texts", f"{plan.chunks.duplicate:,}"),
+        ("from the cache", f"{plan.texts.from_cache:,} texts"),
+        ("to embed", f"{plan.texts.embedded:,} texts, about {plan.tokens:,} tokens"),
+        ("calls", f"{plan.calls:,}"),
+        ("price", cost_text(plan.cost)),
+    ]
+    if plan.usd_batch_lane is not None:
+        rows.append(("in the Batch lane", f"${plan.usd_batch_lane:.4f}"))
+    if plan.free_tokens:
+        rows.append(("free tokens", f"{plan.free_tokens:,} an account; what is left is unknown"))
+    if plan.bound_by:
+        rows.append(("time at limits", f"{plan.seconds_at_limits:.1f} s, by {plan.bound_by}"))
+    return rows + skipped_rows(plan.skipped)
+
+
+def index_name(config: Config) -> str:
+    """Folder and table of the index, as reports and the ledger name it."""
+    return f"{config.index.uri}/{config.index.table}"
+
+
+def chunks_of(survey: Survey, counts: dict[str, int]) -> Chunks:
+    """Counts of chunks for plan and report."""
+    return Chunks(
+        total=survey.keyed.table.rows,
+        unchanged=survey.compared.unchanged,
+        added=counts.get("added", 0),
+        changed=counts.get("changed", 0),
+        moved=counts.get("moved", 0),
+        deleted=counts.get("deleted", 0),
+        duplicate=survey.compared.duplicate,
+    )
+
+
+def texts_of(survey: Survey, embedded: int) -> Texts:
+    """Counts of texts for plan and report."""
+    return Texts(
+        unique=survey.compared.unique_texts,
+        from_cache=survey.looked_up.from_cache,
+        embedded=embedded,
+    )
+
+
+def cost_of(survey: Survey, tokens: int) -> Cost:
+    """List price of `tokens`, and of what need not be embedded, by cause."""
+    usd = survey.facts.usd
+    saved = Saved(
+        unchanged=usd(survey.compared.unchanged_tokens),
+        duplicates=usd(survey.compared.duplicate_tokens),
+        cache=usd(survey.looked_up.cache_tokens),
+    )
+    without = usd(tokens) + saved.unchanged + saved.duplicates + saved.cache
+    return Cost(usd=usd(tokens), usd_without_reuse=without, saved_usd=saved)

@@ -1,0 +1,433 @@
+"""The files and tables that hold one chunk a row, each read a batch of rows at a time.
+
+A part either brings all its rows or raises: what stands in half a file is never taken
+for the whole.
+"""
+
+import io
+import json
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, ClassVar, cast
+
+import pyarrow as pa
+from pyarrow import csv as pa_csv
+from pyarrow import parquet
+
+from tasks.errors import CorpusError
+from tasks.params import TableSource
+
+ROWS = 8192
+"""Rows a batch holds at most."""
+
+SAMPLE_ROWS = 16_384
+"""Rows of a JSON lines file that its columns and their types are taken from."""
+
+BLOCK_BYTES = 4 << 20
+"""Bytes of a CSV file that the types of its columns are taken from."""
+
+LINE_BYTES = 256 << 20
+"""Longest line of a JSON lines file."""
+
+STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
+
+@contextmanager
+def reading(path: Path, hint: str = "Mend the file, or make it again.") -> Iterator[None]:
+    """Turn what a format's library raises into a CorpusError that names the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, RuntimeError, OverflowError) as error:
+        raise CorpusError(
+            f"{path} cannot be read in full: {short(error)}. {hint} "
+            "Nothing is taken from a corpus that is read in part.",
+            path=str(path),
+        ) from error
+
+
+def short(error: BaseException) -> str:
+    """The first line of the message of `error`, without the row it may quote."""
+    if isinstance(error, UnicodeDecodeError):
+        return "a column name is not UTF-8"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"(got \d+): .*", r"\1", line)[:200].rstrip(". ")
+
+
+def merged(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """The type that holds the values of both, or None."""
+    schemas = [pa.schema([pa.field("", one)]), pa.schema([pa.field("", other)])]
+    try:
+        both: pa.DataType = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowException:
+        return None
+    return both
+
+
+def text_array(values: Sequence[Any]) -> "pa.Array[Any]":
+    """`values` as utf8, lone surrogates kept as the invalid bytes a reader can find.
+
+    Raises:
+        TypeError: A value is neither text nor None.
+    """
+    raw = [
+        None if value is None else str.encode(value, "utf-8", "surrogatepass") for value in values
+    ]
+    encoded = pa.array(raw, pa.binary())
+    return pa.Array.from_buffers(pa.utf8(), len(encoded), encoded.buffers())
+
+
+def _slices(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The rows of `batches`, at most ROWS at a time."""
+    for batch in batches:
+        for start in range(0, batch.num_rows, ROWS):
+            yield batch.slice(start, ROWS)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file or table of the corpus.
+
+    Attributes:
+        path: Where it is.
+        source: Which columns are asked for.
+        sparse: Whether a row need not name every column.
+    """
+
+    path: Path
+    source: TableSource
+    sparse: ClassVar[bool] = False
+
+    def schema(self) -> pa.Schema:
+        """The columns, without reading all rows.
+
+        Raises:
+            CorpusError: The file cannot be read.
+        """
+        raise NotImplementedError
+
+    def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """All rows, in order, with at least the columns of `schema`.
+
+        Where the format states types they stand as they are; else they are those of `schema`.
+
+        Raises:
+            CorpusError: The file cannot be read to its end.
+        """
+        raise NotImplementedError
+
+
+class ParquetPart(Part):
+    """A Parquet file."""
+
+    def schema(self) -> pa.Schema:
+        """The columns that the footer states."""
+        with reading(self.path), parquet.ParquetFile(self.path) as file:
+            return file.schema_arrow
+
+    def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """All rows; only the pages of the columns asked for are read."""
+        with (
+            reading(self.path),
+            parquet.ParquetFile(self.path, page_checksum_verification=True) as file,
+        ):
+            yield from file.iter_batches(ROWS, columns=schema.names)
+
+
+class ArrowPart(Part):
+    """An Arrow IPC file or stream."""
+
+    def schema(self) -> pa.Schema:
+        """The columns that the file states first."""
+        with reading(self.path), pa.memory_map(str(self.path)) as file:
+            return self._open(file, None).schema
+
+    def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """All rows, mapped into memory."""
+        names = self.schema().names
+        with reading(self.path), pa.memory_map(str(self.path)) as file:
+            reader = self._open(file, [names.index(name) for name in schema.names])
+            if isinstance(reader, pa.ipc.RecordBatchFileReader):
+                numbers = range(reader.num_record_batches)
+                yield from _slices(self._whole(reader.get_batch(number)) for number in numbers)
+            else:
+                yield from _slices(self._whole(batch) for batch in reader)
+
+    def _open(
+        self, file: pa.MemoryMappedFile, columns: list[int] | None
+    ) -> pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader:
+        options = pa.ipc.IpcReadOptions(included_fields=columns)
+        start = file.read(6)
+        if start == b"ARROW1":
+            return pa.ipc.open_file(file, options=options)
+        if start.startswith(b"FEA1"):
+            raise CorpusError(f"{self.path} is Feather version 1. Write it again as version 2.")
+        file.seek(max(file.size() - len(STREAM_END), 0))
+        if start and file.read() != STREAM_END:
+            raise CorpusError(
+                f"{self.path} is no Arrow file, and as an Arrow stream it has no end: it was "
+                "written or copied in part. Make it again."
+            )
+        file.seek(0)
+        return pa.ipc.open_stream(file, options=options)
+
+    @staticmethod
+    def _whole(batch: pa.RecordBatch) -> pa.RecordBatch:
+        """`batch`, whose offsets were checked: nothing else checks those of a mapped file."""
+        try:
+            batch.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error):
+                raise
+        return batch
+
+
+class LancePart(Part):
+    """A LanceDB table, read at the version it had when it was first looked at."""
+
+    @cached_property
+    def _table(self) -> Any:
+        import lancedb  # noqa: PLC0415 - takes a second, and few corpora need it
+
+        hint = "The path must be a table that LanceDB can open, <database>/<table>.lance."
+        with reading(self.path, hint):
+            table = lancedb.connect(str(self.path.parent)).open_table(self.path.stem)
+            table.checkout(table.version)
+            return table
+
+    def schema(self) -> pa.Schema:
+        """The columns of the table."""
+        schema: pa.Schema = self._table.schema
+        return schema
+
+    def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """All rows, in the order of the table's fragments."""
+        with reading(self.path):
+            query = self._table.search().select(schema.names)
+            yield from _slices(query.to_batches(batch_size=ROWS))
+
+
+class CsvPart(Part):
+    """A CSV file with a header. Ids, texts and documents are text, all else is inferred."""
+
+    HINT = (
+        "The types of a CSV file's columns are taken from its first rows: mend the file, store "
+        "it as Parquet, or list in source.metadata the columns to keep."
+    )
+
+    def schema(self) -> pa.Schema:
+        """The columns of the header, with the types that the first block suggests."""
+        with (
+            reading(self.path, self.HINT),
+            _Ended(self.path, b"\n") as file,
+            pa_csv.open_csv(cast("IO[bytes]", file), **self._options({})) as reader,
+        ):
+            schema = reader.schema
+            _ = schema.names  # decoded here, where a bad one can be explained
+            return schema
+
+    def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """All rows, each cell of the type in `schema`."""
+        mark = uuid.uuid4().hex
+        row = ",".join(f'"{mark * (name == self.source.id)}"' for name in self.schema().names)
+        types = {field.name: field.type for field in schema}
+        held: pa.RecordBatch | None = None
+        with (
+            reading(self.path, self.HINT),
+            _Ended(self.path, f"\n{row}\n".encode()) as file,
+            pa_csv.open_csv(cast("IO[bytes]", file), **self._options(types)) as reader,
+        ):
+            for batch in _slices(reader):
+                if held is not None:
+                    yield held
+                held = batch
+        if held is None or held.column(self.source.id)[-1].as_py() != mark:
+            raise CorpusError(
+                f"{self.path} ends within a quoted cell: it was written or copied in part, or a "
+                "quote is missing. Mend the file, or make it again."
+            )
+        yield held.slice(0, held.num_rows - 1)
+
+    def _options(self, types: dict[str, pa.DataType]) -> dict[str, Any]:
+        keys = (self.source.id, self.source.text, self.source.document)
+        as_text = {name: pa.utf8() for name in keys if name is not None}
+        return {
+            "read_options": pa_csv.ReadOptions(block_size=BLOCK_BYTES),
+            "parse_options": pa_csv.ParseOptions(newlines_in_values=True),
+            "convert_options": pa_csv.ConvertOptions(
+                column_types=types | as_text, include_columns=list(types), check_utf8=False
+            ),
+        }
+
+
+class _Ended(io.RawIOBase):
+    """A file followed by `end`.
+
+    A quote that is never closed swallows the rest of a CSV file without an error. Followed by
+    one row of ours, it swallows that row too, and that is seen.
+    """
+
+    def __init__(self, path: Path, end: bytes) -> None:
+        self._file = path.open("rb")
+        self._end = end
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` from the file, then from the end: a short answer is a block to Arrow."""
+        view = memoryview(buffer)
+        count = 0
+        while count < len(view) and (some := self._file.readinto(view[count:])):
+            count += some
+        rest = min(len(view) - count, len(self._end))
+        view[count : count + rest], self._end = self._end[:rest], self._end[rest:]
+        return count + rest
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
+class JsonPart(Part):
+    """JSON lines: one object a line. A key that a row lacks is null.
+
+    Read in Python, because only so one bad line does not spoil the file: Arrow's reader takes a
+    lone surrogate, or a text that looks like a date, for the whole column's fault or type.
+    """
+
+    sparse = True
+
+    def schema(self) -> pa.Schema:
+        """The keys of the first rows, and of as many more as it takes to meet those asked for."""
+        wanted = {self.source.id, self.source.text, *(self.source.metadata or ())}
+        if self.source.document is not None:
+            wanted.add(self.source.document)
+        types: dict[str, pa.DataType] = {}
+        rows = self._rows()
+        count = 0
+        while (count < SAMPLE_ROWS or wanted - types.keys()) and (some := list(islice(rows, ROWS))):
+            count += len(some)
+            for name in dict.fromkeys(key for _, row in some for key in row):
+                types[name] = self._column(some, name, types.get(name, pa.null()), widen=True).type
+        with reading(self.path):
+            return pa.schema(list(types.items()))
+
+    def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """All rows, each value of the type in `schema`."""
+        rows = self._rows()
+        while some := list(islice(rows, ROWS)):
+            if self.source.metadata is None:
+                self._refuse_new_keys(some, set(schema.names))
+            columns = [self._column(some, field.name, field.type) for field in schema]
+            yield pa.record_batch(columns, names=schema.names)
+
+    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The objects, each with the number of its line."""
+        with reading(self.path), self.path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
+                # Invalid bytes become lone surrogates, which are found with the others.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
+                if text.isspace():
+                    continue
+                try:
+                    row = json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    raise self._bad(number, f"this is not JSON: {short(error)}") from None
+                if not isinstance(row, dict):
+                    raise self._bad(number, f"this is no object, but {_kind(row)}")
+                yield number, row
+
+    def _column(
+        self,
+        rows: Sequence[tuple[int, dict[str, Any]]],
+        name: str,
+        type_: pa.DataType,
+        *,
+        widen: bool = False,
+    ) -> "pa.Array[Any]":
+        """The values under `name` as `type_`, or as what holds them and `type_` if `widen`."""
+        values = [row.get(name) for _, row in rows]
+        if name in {self.source.id, self.source.document}:
+            values = [str(value) if type(value) is int else value for value in values]
+        try:
+            array = _array(values)
+            integers = pa.types.is_integer(array.type) and pa.types.is_integer(type_)
+            if array.type == type_ or integers:
+                return array
+            both = merged(array.type, type_)
+            if both is not None and (widen or both == type_):
+                return array if both == array.type else pa.array(values, both)
+            why = f"they hold {array.type}, but {type_} stands before"
+        except (pa.ArrowException, OverflowError, TypeError) as error:
+            why = short(error)
+        except UnicodeEncodeError:
+            why = "a text within them is not valid Unicode"
+        lines = f"{rows[0][0]} to {rows[-1][0]}"
+        raise CorpusError(
+            f"{self.path}, lines {lines}: the values of {name!r} are not of one type: {why}. "
+            "Mend them, or list in source.metadata the columns to keep.",
+            path=str(self.path),
+            column=name,
+        )
+
+    def _refuse_new_keys(self, rows: Sequence[tuple[int, dict[str, Any]]], known: set[str]) -> None:
+        for number, row in rows:
+            if not row.keys() <= known:
+                name = min(row.keys() - known)
+                raise CorpusError(
+                    f"{self.path}, line {number}: the key {name!r} is not among those of the "
+                    f"first {SAMPLE_ROWS} rows. List in source.metadata the columns to keep, "
+                    "with it or without it.",
+                    path=str(self.path),
+                    line=number,
+                )
+
+    def _bad(self, number: int, why: str) -> CorpusError:
+        return CorpusError(
+            f"{self.path}, line {number}: {why}. Each line must be one JSON object; mend the "
+            "file, or make it again.",
+            path=str(self.path),
+            line=number,
+        )
+
+
+def _array(values: Sequence[Any]) -> "pa.Array[Any]":
+    """`values` as the type Arrow sees in them."""
+    array: pa.Array[Any]
+    try:
+        array = pa.array(values)
+    except UnicodeEncodeError:
+        if all(value is None or isinstance(value, str) for value in values):
+            return text_array(values)
+        raise
+    except OverflowError:
+        array = pa.array(values, pa.uint64())
+    return array
+
+
+def _kind(value: Any) -> str:
+    names = {list: "an array", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+KINDS: dict[str, type[Part]] = {
+    ".parquet": ParquetPart,
+    ".csv": CsvPart,
+    ".jsonl": JsonPart,
+    ".ndjson": JsonPart,
+    ".arrow": ArrowPart,
+    ".feather": ArrowPart,
+    ".ipc": ArrowPart,
+    ".lance": LancePart,
+}
+"""How each kind of file is read, by its extension."""

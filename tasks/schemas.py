@@ -1,0 +1,212 @@
+"""What passes between the stages: Arrow schemas, and tables handed on by reference.
+
+A stage writes its table to a file in the run's staging folder and hands on a `TableRef`.
+The next one maps the file into memory, so Prefect neither copies nor hashes rows and a
+stage holds only what it touches.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+HASH = pa.binary(16)
+"""blake2b-128 digest."""
+
+CHUNKS = pa.schema(
+    [
+        pa.field("id", pa.utf8()),
+        pa.field("document", pa.utf8()),
+        pa.field("text", pa.utf8(), nullable=False),
+        pa.field("start_line", pa.int32()),
+        pa.field("end_line", pa.int32()),
+    ]
+)
+"""What a reader yields; the source's metadata columns follow. Files have no id yet."""
+
+KEYED = pa.schema(
+    [
+        pa.field("key", HASH, nullable=False),
+        pa.field("document_key", HASH, nullable=False),
+        pa.field("text_hash", HASH, nullable=False),
+        pa.field("row_hash", HASH, nullable=False),
+        pa.field("start_line", pa.int32()),
+        pa.field("end_line", pa.int32()),
+        pa.field("tokens", pa.int32(), nullable=False),
+    ]
+)
+"""One row a chunk of the corpus, fixed width: all that is held of the whole corpus.
+
+`key` hashes the id, `document_key` the document (zeros where there is none), `text_hash`
+the exact text, `row_hash` the document and metadata; `tokens` is the estimate.
+"""
+
+INDEXED = pa.schema(
+    [
+        pa.field("id", pa.utf8(), nullable=False),
+        pa.field("document", pa.utf8()),
+        *[field for field in KEYED if field.name != "tokens"],
+    ]
+)
+"""One row a chunk of the published index, keyed like the corpus."""
+
+CHANGES = pa.schema(
+    [
+        pa.field("key", HASH, nullable=False),
+        pa.field("document_key", HASH, nullable=False),
+        pa.field("text_hash", HASH, nullable=False),
+        pa.field("tokens", pa.int32(), nullable=False),
+        pa.field("change", pa.utf8(), nullable=False),
+        pa.field("in_index", pa.bool_(), nullable=False),
+    ]
+)
+"""One row for each row the index must gain or rewrite: added, changed, moved or relined.
+
+`in_index` tells the rewritten ones, whose id the index has already.
+"""
+
+DELETIONS = pa.schema(
+    [
+        pa.field("id", pa.utf8(), nullable=False),
+        pa.field("document_key", HASH, nullable=False),
+        pa.field("change", pa.utf8(), nullable=False),
+    ]
+)
+"""The ids that must leave the index: deleted, or changed or moved under another id."""
+
+MISSES = pa.schema(
+    [
+        pa.field("text_hash", HASH, nullable=False),
+        pa.field("tokens", pa.int32(), nullable=False),
+    ]
+)
+"""Each text to pay for, once, in corpus order."""
+
+PACKED = pa.schema([*MISSES, pa.field("batch", pa.int32(), nullable=False)])
+"""The same with the number of the batch it goes in, from 1."""
+
+BATCH = pa.schema(
+    [
+        pa.field("text_hash", HASH, nullable=False),
+        pa.field("text", pa.utf8(), nullable=False),
+        pa.field("tokens", pa.int32(), nullable=False),
+    ]
+)
+"""The texts of one batch."""
+
+
+def vectors_schema(dimension: int) -> pa.Schema:
+    """Schema of remembered vectors: text_hash and vector, float32 of `dimension`."""
+    return pa.schema(
+        [
+            pa.field("text_hash", HASH, nullable=False),
+            pa.field("vector", pa.list_(pa.float32(), dimension), nullable=False),
+        ]
+    )
+
+
+def rows_schema(metadata: Iterable[pa.Field]) -> pa.Schema:
+    """Schema of ROWS: what the index gains or rewrites, still without its vector."""
+    return pa.schema(
+        [
+            pa.field("id", pa.utf8(), nullable=False),
+            pa.field("document", pa.utf8()),
+            pa.field("text", pa.utf8(), nullable=False),
+            pa.field("text_hash", HASH, nullable=False),
+            pa.field("start_line", pa.int32()),
+            pa.field("end_line", pa.int32()),
+            *metadata,
+        ]
+    )
+
+
+OWN_COLUMNS = frozenset(
+    {"id", "document", "text", "text_hash", "vector", "start_line", "end_line", "run_id"}
+)
+"""Columns of the index that metadata may not take the name of."""
+
+
+def metadata_fields(schema: pa.Schema) -> list[pa.Field]:
+    """The fields of `schema` that are the source's own metadata."""
+    return [field for field in schema if field.name not in OWN_COLUMNS]
+
+
+def require(found: pa.Schema, wanted: pa.Schema, where: str) -> None:
+    """Check a border between two stages.
+
+    Raises:
+        TypeError: `found` has not exactly the fields of `wanted`; a fault of ours, not the user's.
+    """
+    if not found.equals(wanted):
+        raise TypeError(f"{where}: expected {wanted}, found {found}")
+
+
+@dataclass(frozen=True)
+class TableRef:
+    """A table in a file of the run's staging folder.
+
+    Attributes:
+        path: Arrow IPC file.
+        rows: Number of rows.
+    """
+
+    path: str
+    rows: int
+
+    @classmethod
+    def write(
+        cls, path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch | pa.Table]
+    ) -> "TableRef":
+        """Write `batches`, each checked against `schema`, to the file at `path`."""
+        rows = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pa.ipc.new_file(str(path), schema) as writer:
+            for batch in batches:
+                require(batch.schema, schema, path.name)
+                writer.write(batch)
+                rows += batch.num_rows
+        return cls(str(path), rows)
+
+    @classmethod
+    def of(cls, path: Path) -> "TableRef":
+        """The table in the file at `path`."""
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_file(source)
+            counts = [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)]
+            return cls(str(path), sum(counts))
+
+    def schema(self) -> pa.Schema:
+        """Schema of the file."""
+        with pa.memory_map(self.path) as source:
+            return pa.ipc.open_file(source).schema
+
+    def load(self, schema: pa.Schema) -> pa.Table:
+        """The table, mapped into memory and checked against `schema`."""
+        table = pa.ipc.open_file(pa.memory_map(self.path)).read_all()
+        require(table.schema, schema, self.path)
+        return table
+
+    def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """The table's batches, one at a time."""
+        reader = pa.ipc.open_file(pa.memory_map(self.path))
+        require(reader.schema, schema, self.path)
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts for one call.
+
+    Attributes:
+        number: From 1.
+        of: Batches planned in all.
+        table: BATCH.
+        tokens: Estimated tokens in all.
+    """
+
+    number: int
+    of: int
+    table: TableRef
+    tokens: int
