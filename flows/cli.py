@@ -4,16 +4,14 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
 from tasks.errors import EmbedOnceError
-
-T = TypeVar("T")
 
 INCOMPLETE = 3
 CANCELLED = 130
@@ -59,9 +57,9 @@ def reindex(
     overrides = Overrides(narrow=narrow, accept_splitter=accept_splitter, settings=settings)
     loaded = load_config(config, settings)
     with _prefect_log(Path(loaded.state.uri) / "logs", "reindex") as console, _bar(console):
-        from flows.reindex import reindex as flow  # noqa: PLC0415
+        from flows.reindex import run  # noqa: PLC0415
 
-        done = flow(config, overrides)
+        done = run(config, overrides)
     if report is not None:
         _write(report, done.model_dump_json(indent=2))
     print(headline(done))
@@ -147,24 +145,11 @@ def smoke() -> None:
 def main() -> None:
     """Run the command; every error ends in plain words on stderr and its exit code."""
     os.environ.setdefault("LANCE_LOG", "error")  # its Rust core warns of things users cannot change
-    sys.exit(_exit_code(lambda: app(standalone_mode=False)))
-
-
-def _exit_code(run: Callable[[], object]) -> int:
     try:
-        code = run()
+        app()
     except EmbedOnceError as error:
         print(f"embed-once: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("embed-once: cancelled; what was paid for is kept, run again.", file=sys.stderr)
-        return CANCELLED
-    except typer.Abort:
-        return CANCELLED
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
-    return code if isinstance(code, int) else 0
+        sys.exit(error.exit_code)
 
 
 def _write(path: Path, text: str) -> None:
@@ -194,21 +179,25 @@ def _prefect_log(folder: Path, name: str) -> Iterator[int]:
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    failed = False
+    problem, cancelled = "", False
     try:
         yield real_err
-    except (EmbedOnceError, KeyboardInterrupt):
+    except EmbedOnceError:
         raise
+    except KeyboardInterrupt:
+        cancelled = True
     except Exception as error:  # noqa: BLE001 - the last line of defence: nothing ends unexplained
         traceback.print_exc()
-        failed = True
         problem = f"{type(error).__name__}: {error}"
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(real_out, 1)
         os.dup2(real_err, 2)
-    if failed:
+    if cancelled:
+        print("embed-once: cancelled; what was paid for is kept, run again.", file=sys.stderr)
+        raise typer.Exit(CANCELLED)
+    if problem:
         raise EmbedOnceError(f"Something unforeseen happened ({problem}). Details: {log}")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
@@ -59,12 +59,15 @@ def embed(
     return embed_batch(batch, provider, folder, usd_per_million_tokens, attempt)
 
 
-# A task that waits before its retry keeps its thread, so there are far more threads than
-# calls in flight; `limits.concurrency` bounds those.
+THREADS: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=1024)
+"""A task that waits for its retry keeps its thread, so there are far more threads than calls
+in flight; `limits.concurrency` bounds those."""
+
+
 @flow(
     name="reindex",
     flow_run_name="reindex {config}",
-    task_runner=ThreadPoolTaskRunner(max_workers=1024),
+    task_runner=THREADS,  # type: ignore[arg-type]
     persist_result=False,
 )
 def reindex(config: str, overrides: Overrides = Overrides()) -> Any:
@@ -99,6 +102,15 @@ def reindex(config: str, overrides: Overrides = Overrides()) -> Any:
     return report
 
 
+def run(config: str, overrides: Overrides = Overrides()) -> RunReport:
+    """The flow as a plain call: its report, whatever state the run ended in.
+
+    Raises:
+        EmbedOnceError: The run failed; the message says why and what to do.
+    """
+    return cast("RunReport", reindex(config, overrides))
+
+
 def _reindex(
     settings: Config, overrides: Overrides, folder: RunFolder, recovered: Recovered, clock: Clock
 ) -> RunReport:
@@ -113,16 +125,22 @@ def _reindex(
     tell(Progress("publishing"))
     with clock.stage("publish"):
         published = publish(
-            filled.rows,
-            filled.deletions,
-            filled.updates,
-            settings.index,
-            found.identity,
-            found.cache,
-            folder.run_id,
+            rows=filled.rows,
+            deletions=filled.deletions,
+            updates=filled.updates,
+            index=settings.index,
+            identity=found.identity,
+            cache=found.cache,
+            run_id=folder.run_id,
         )
     return finished_report(
-        found, filled, published, recovered, folder.calls(), folder.run_id, clock
+        survey=found,
+        filled=filled,
+        published=published,
+        recovered=recovered,
+        calls=folder.calls(),
+        run_id=folder.run_id,
+        clock=clock,
     )
 
 
@@ -133,13 +151,13 @@ def _embed_all(found: Survey, folder: RunFolder) -> Filled:
         EmbedOnceError: A batch failed for good. All answers that came are in the cache.
     """
     filling = Filling(
-        found.reader,
-        found.compared.changes,
-        found.compared.deletions,
-        found.packed.table,
-        found.packed.batches,
-        found.provider.limits,
-        folder.staging,
+        reader=found.reader,
+        changes=found.compared.changes,
+        deletions=found.compared.deletions,
+        packed=found.packed.table,
+        batches=found.packed.batches,
+        limits=found.provider.limits,
+        folder=folder.staging,
     )
     size = WAVE * found.provider.limits.concurrency
     progress = ProgressArtifact(found.config.name) if found.packed.texts else None

@@ -5,11 +5,10 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.reindex import reindex
+from flows.reindex import run
 from tasks.errors import EmbedOnceError
 from tasks.index import open_index
 from tasks.params import load_config
-from tasks.report import RunReport
 from tasks.smoke import CONFIG, DOCUMENTS, expected_rows, write_corpus
 
 
@@ -29,7 +28,7 @@ def smoke() -> list[str]:
         (home / "smoke.yaml").write_text(CONFIG, encoding="utf-8")
         for step in DOCUMENTS:
             write_corpus(home / "corpus", step.documents)
-            report: RunReport = reindex(str(home / "smoke.yaml"))
+            report = run(str(home / "smoke.yaml"))
             _require(step.name, "counts", step.counts(report), step.expected)
             _require(step.name, "index", _rows(home / "smoke.yaml"), expected_rows(step.documents))
             proven.append(step.name)

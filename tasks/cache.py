@@ -46,7 +46,7 @@ class Cache:
             if not (Path(self._uri) / f"{self.name}.lance").exists():
                 return
             self._table = lancedb.connect(self._uri).open_table(self.name)
-        self._table.checkout_latest()
+        self._table.checkout_latest()  # type: ignore[no-untyped-call]
         if self._table.version == self._version:
             return
         self._version = self._table.version
@@ -103,7 +103,7 @@ class Cache:
         merge = self._table.merge_insert("text_hash").when_not_matched_insert_all()
         merge.execute(new)
         self.refresh()
-        return new.num_rows
+        return int(new.num_rows)
 
     def stream(self, batch_rows: int = 4096) -> Iterable[pa.RecordBatch]:
         """All rows of the cache, a batch at a time."""

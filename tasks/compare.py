@@ -115,7 +115,7 @@ def compare(
     gone = np.flatnonzero(~in_corpus & ~stays)
     fate = np.full(len(gone), "deleted", dtype=object)
     if kind == "files":
-        _pair(corpus, index, np.flatnonzero(new), gone, change, fate)
+        _pair(corpus, index, joined=np.flatnonzero(new), gone=gone, change=change, fate=fate)
 
     return _result(corpus, index, change, gone, fate, held=int(stays.sum()), folder=folder)
 
@@ -149,12 +149,13 @@ def _held_rows(index: pa.Table, held: Held) -> Flags:
     covered = np.array([held.covers(name) for name in documents.dictionary.to_pylist()], dtype=bool)
     at = pc.fill_null(documents.indices, -1).to_numpy()
     # Index -1, a row without a document, reads the False that is appended at the end.
-    return np.append(covered, False)[at]
+    return np.asarray(np.append(covered, False)[at], dtype=bool)
 
 
 def _pair(
     corpus: pa.Table,
     index: pa.Table,
+    *,
     joined: npt.NDArray[np.int64],
     gone: npt.NDArray[np.int64],
     change: npt.NDArray[np.object_],

@@ -53,6 +53,7 @@ class Filling:
 
     def __init__(
         self,
+        *,
         reader: Reader,
         changes: TableRef,
         deletions: TableRef,
@@ -110,8 +111,10 @@ class Filling:
             rows = TableRef.write(
                 self._folder / "settled-rows.arrow",
                 schema,
-                (_without(batch, key_columns(batch)["document_key"], held)
-                 for batch in rows.batches(schema)),
+                (
+                    _without(batch, key_columns(batch)["document_key"], held)
+                    for batch in rows.batches(schema)
+                ),
             )
             changes = changes.filter(pa.array(self._seen))
             changes = _without(changes, changes.column("document_key"), held)
@@ -170,7 +173,7 @@ class Filling:
 
 
 def _equal(left: pa.Array, right: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
-    return pc.equal(left, right.combine_chunks()).to_numpy(zero_copy_only=False)
+    return np.asarray(pc.equal(left, right.combine_chunks()), dtype=bool)
 
 
 def _without(

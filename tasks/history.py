@@ -48,9 +48,7 @@ def history(config: Config) -> "pd.DataFrame":
         return frame
     versions = {generation.number: generation.version for generation in kept}
     published_rows = frame["published"] != "none"
-    frame["version"] = (
-        frame["generation"].map(versions).where(published_rows).astype("Int64")
-    )
+    frame["version"] = frame["generation"].map(versions).where(published_rows).astype("Int64")
     return frame.sort_values("started_at", ignore_index=True)
 
 

@@ -61,7 +61,8 @@ class Ledger:
         """All provider calls as a frame, in the order they were recorded."""
         table = self._open("calls")
         arrow = CALLS.empty_table() if table is None else table.to_arrow()
-        return arrow.to_pandas()
+        frame: pd.DataFrame = arrow.to_pandas()
+        return frame
 
     def _open(self, name: str) -> Table | None:
         if not (Path(self._uri) / f"{name}.lance").exists():

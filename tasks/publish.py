@@ -54,6 +54,7 @@ class Published:
 
 @stage("publish")
 def publish(
+    *,
     rows: TableRef,
     deletions: TableRef,
     updates: int,
@@ -98,7 +99,7 @@ def publish(
         elif way == "merge":
             _merge(table, new, gone.to_pylist())
         elif way == "overwrite":
-            table = _overwrite(table, index, schema, new, rows, deletions)
+            table = _overwrite(table, index, schema=schema, new=new, rows=rows, deletions=deletions)
         _require_rows(table, before, expected)
     newest = tag_generation(table)
     return Published(way, newest.number, newest.version, expected)
@@ -129,6 +130,7 @@ def _merge(table: Table, new: pa.RecordBatchReader, gone: list[str]) -> None:
 def _overwrite(
     table: Table,
     index: Index,
+    *,
     schema: pa.Schema,
     new: pa.RecordBatchReader,
     rows: TableRef,

@@ -6,10 +6,12 @@ the REST client of LanceDB's remote catalogs. Here they are left out for this pr
 """
 
 import gc
-import importlib.machinery
+import importlib
 import sys
 import types
 from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 
 REST_CLIENT = "lance_namespace_urllib3_client.api"
 
@@ -26,32 +28,32 @@ def import_lancedb() -> None:
     sys.meta_path.insert(0, leave_out)
     try:
         leave_out.pandas = True
-        import pyarrow.dataset  # noqa: PLC0415
+        importlib.import_module("pyarrow.dataset")
 
         leave_out.pandas = False
-        import lancedb  # noqa: F401, PLC0415
+        importlib.import_module("lancedb")
     finally:
         sys.meta_path.remove(leave_out)
         gc.enable()
 
 
-class _LeaveOut:
+class _LeaveOut(MetaPathFinder):
     """An import hook: pandas is not there, and the REST client is empty."""
 
     pandas = False
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: object = None
-    ) -> importlib.machinery.ModuleSpec | None:
+        self, name: str, _path: Sequence[str] | None, _target: types.ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name == "pandas" and self.pandas:
             raise ModuleNotFoundError("left out of a quick start", name="pandas")
         if name == REST_CLIENT or name.startswith(REST_CLIENT + "."):
-            return importlib.machinery.ModuleSpec(name, _EmptyLoader(), is_package=True)
+            return ModuleSpec(name, _EmptyLoader(), is_package=True)
         return None
 
 
-class _EmptyLoader:
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+class _EmptyLoader(Loader):
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         return _EmptyModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:

@@ -195,8 +195,10 @@ def report_rows(report: RunReport) -> list[Row]:
         *chunk_rows(report.chunks),
         (
             "texts embedded",
-            f"{report.texts.embedded:,} of {report.texts.unique:,}"
-            f" ({report.texts.from_cache:,} from the cache)",
+            (
+                f"{report.texts.embedded:,} of {report.texts.unique:,}"
+                f" ({report.texts.from_cache:,} from the cache)"
+            ),
         ),
         ("calls", f"{calls:,}" + (f" ({report.calls.failed} failed)" if calls else "")),
         ("tokens", f"{report.tokens.billed:,} billed, {report.tokens.estimated:,} estimated"),
@@ -206,7 +208,9 @@ def report_rows(report: RunReport) -> list[Row]:
     if report.texts.embedded:
         rows.append(("throughput", f"{report.throughput.chunks_per_second:,.0f} texts/s"))
     if report.recovered_vectors:
-        rows.append(("recovered", f"{report.recovered_vectors:,} texts paid for by a run that died"))
+        rows.append(
+            ("recovered", f"{report.recovered_vectors:,} texts paid for by a run that died")
+        )
     if report.unreadable_answers:
         rows.append(("set aside", f"{report.unreadable_answers:,} unreadable journal files"))
     rows += skipped_rows(report.skipped)

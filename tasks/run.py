@@ -56,6 +56,7 @@ class Clock:
 
 
 def finished_report(
+    *,
     survey: Survey,
     filled: Filled,
     published: Published,
@@ -121,9 +122,7 @@ def failed_report(
         published="none",
         state="failed",
         started_at=clock.started_at.isoformat(timespec="seconds"),
-        chunks=Chunks(
-            total=0, unchanged=0, added=0, changed=0, moved=0, deleted=0, duplicate=0
-        ),
+        chunks=Chunks(total=0, unchanged=0, added=0, changed=0, moved=0, deleted=0, duplicate=0),
         texts=Texts(unique=0, from_cache=0, embedded=embedded),
         calls=_calls(calls),
         tokens=tokens,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lancedb.query import LanceVectorQueryBuilder
 from pydantic import BaseModel
 
 from tasks.catalog import facts_for
@@ -55,7 +56,8 @@ def search(config: Config, text: str, k: int = 5) -> list[Hit]:
         )
     require_space(table, config.index, provider.space)
     vector = checked_vectors(provider.embed([text]), 1, provider)[0]
-    query = table.search(vector, vector_column_name="vector").distance_type(config.index.metric)
+    query: LanceVectorQueryBuilder = table.search(vector, vector_column_name="vector")  # type: ignore[assignment]
+    query = query.distance_type(config.index.metric)
     columns = ["id", "document", "start_line", "end_line", "text", "_distance"]
     rows: list[dict[str, Any]] = query.limit(k).select(columns).to_list()
     return [Hit(distance=row.pop("_distance"), **row) for row in rows]

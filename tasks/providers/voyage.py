@@ -35,4 +35,6 @@ class Voyage:
         Raises:
             ProviderDenied: Always.
         """
-        raise ProviderDenied("This version plans for Voyage but does not call it.")
+        raise ProviderDenied(
+            f"This version plans for Voyage but does not call it; {len(texts)} texts were not sent."
+        )

@@ -153,7 +153,9 @@ class ArrowPart(Part):
         """All rows, mapped into memory."""
         names = self.schema().names
         with reading(self.path), pa.memory_map(str(self.path)) as file:
-            reader = self._open(file, [names.index(name) for name in schema.names])
+            # Columns that are left out are not unpacked, but those that are read are copied then.
+            some = [names.index(name) for name in schema.names]
+            reader = self._open(file, some if len(some) < len(names) else None)
             if isinstance(reader, pa.ipc.RecordBatchFileReader):
                 numbers = range(reader.num_record_batches)
                 yield from _slices(self._whole(reader.get_batch(number)) for number in numbers)
