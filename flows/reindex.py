@@ -4,13 +4,15 @@ read → fingerprint → compare → lookup → pack → embed, a batch a task �
 """
 
 import itertools
+import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from prefect import flow, task, unmapped
+from prefect import Task, flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import flow_run, task_run
@@ -20,19 +22,24 @@ from prefect.tasks import exponential_backoff
 
 from tasks.artifacts import ProgressArtifact, publish_report
 from tasks.embed import Embedded, embed_batch, retry_when_busy
-from tasks.errors import EmbedOnceError
+from tasks.errors import EmbedOnceError, SettingsError
 from tasks.fill import Filled, Filling
 from tasks.index import adopt, held, vectors_of
 from tasks.journal import Recovered, RunFolder, fold, recover
 from tasks.ledger import Ledger
-from tasks.params import Config, Overrides, load_config
-from tasks.plan import Survey, require_runnable, require_safe, survey
+from tasks.params import Config, Overrides, TableSource, load_config
+from tasks.plan import Survey, require_safe, survey
 from tasks.progress import Progress, listening, tell
 from tasks.providers import Provider
+from tasks.providers.opening import require_runnable
 from tasks.publish import publish
+from tasks.read.frames import write_frame
 from tasks.report import RunReport, headline, ledger_row
 from tasks.run import Clock, failed_report, finished_report
 from tasks.schemas import Batch
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FOLD_TEXTS = 20_000
 """Answers are folded into the cache in groups of about so many vectors."""
@@ -58,6 +65,8 @@ def embed(
     attempt = int(task_run.run_count)
     return embed_batch(batch, provider, folder, usd_per_million_tokens, attempt)
 
+
+EmbedTask = Task[[Batch, Provider, RunFolder, float], Embedded]
 
 THREADS: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=1024)
 """A task that waits for its retry keeps its thread, so there are far more threads than calls
@@ -111,6 +120,27 @@ def run(config: str, overrides: Overrides = Overrides()) -> RunReport:
     return cast("RunReport", reindex(config, overrides))
 
 
+def run_frame(config: str, frame: "pd.DataFrame", overrides: Overrides = Overrides()) -> RunReport:
+    """Reindex from a pandas frame, one chunk a row, instead of the config's `source.path`.
+
+    Args:
+        config: Path of a config whose source is a table; its columns apply to the frame.
+        frame: The whole corpus.
+        overrides: What this run does otherwise than the file says.
+
+    Raises:
+        EmbedOnceError: As in `run`, and where a column cannot be stored.
+    """
+    settings = load_config(config, overrides.settings)
+    if not isinstance(settings.source, TableSource):
+        raise SettingsError("source.kind: a frame needs a config whose source is a table.")
+    with tempfile.TemporaryDirectory(prefix="embed-once-frame-") as folder:
+        file = Path(folder) / "frame.arrow"
+        write_frame(frame, file, settings.source)
+        path = f"source.path={json.dumps(str(file))}"
+        return run(config, overrides.model_copy(update={"settings": [*overrides.settings, path]}))
+
+
 def _reindex(
     settings: Config, overrides: Overrides, folder: RunFolder, recovered: Recovered, clock: Clock
 ) -> RunReport:
@@ -144,8 +174,13 @@ def _reindex(
     )
 
 
-def _embed_all(found: Survey, folder: RunFolder) -> Filled:
+def _embed_all(found: Survey, folder: RunFolder, embed: EmbedTask = embed) -> Filled:
     """Embed what nobody has paid for; the next batches fill while these are in flight.
+
+    Args:
+        found: What is known before anything is sent.
+        folder: The run's folder, with its journal.
+        embed: The task to map, if not with its usual retries.
 
     Raises:
         EmbedOnceError: A batch failed for good. All answers that came are in the cache.

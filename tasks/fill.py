@@ -136,10 +136,14 @@ class Filling:
             ReadNotes(), wanted=lambda document: document_key(document) in documents
         )
         for rows in identified(chunks, self._reader.metadata):
-            at = self._keys.positions(key_columns(rows)["key"])
-            fits = at >= 0
-            hashes = self._changes.column("text_hash").take(pa.array(np.where(fits, at, 0)))
-            fits &= _equal(rows.column("text_hash"), hashes)
+            keys = key_columns(rows)
+            at = self._keys.positions(keys["key"])
+            once = np.zeros(len(at), dtype=bool)
+            once[first_of_each(keys["key"])] = True
+            fits = once & (at >= 0)
+            planned = self._changes.take(pa.array(np.where(fits, at, 0)))
+            fits &= _equal(rows.column("text_hash"), planned.column("text_hash"))
+            fits &= _equal(keys["document_key"], planned.column("document_key"))
             fits[fits] &= ~self._seen[at[fits]]
             self._seen[at[fits]] = True
             if fits.any():

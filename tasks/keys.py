@@ -172,6 +172,9 @@ def _tagged(column: pa.Array) -> pa.Array:
 
 def _as_bytes(column: pa.Array) -> pa.Array:
     kind = column.type
+    if pa.types.is_temporal(kind):  # Python's moments are coarser than Arrow's, and end in 9999
+        column = column.view(pa.int32() if kind.bit_width == 32 else pa.int64())  # noqa: PLR2004
+        kind = column.type
     if pa.types.is_string(kind) or pa.types.is_fixed_size_binary(kind):
         return pc.cast(column, pa.binary())
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field
 
 from tasks.cache import Cache
-from tasks.catalog import ModelFacts, dimension_of, facts_for, limits_for
+from tasks.catalog import ModelFacts, facts_for
 from tasks.compare import Compared, Held, compare, tally
 from tasks.errors import SettingsError
 from tasks.fingerprint import Keyed, fingerprint
@@ -22,8 +22,7 @@ from tasks.lookup import LookedUp, lookup
 from tasks.pack import Packed, pack
 from tasks.params import Config, FilesSource, Overrides
 from tasks.providers import Provider
-from tasks.providers.lexical import Lexical
-from tasks.providers.voyage import Voyage
+from tasks.providers.opening import open_provider
 from tasks.read import Reader
 from tasks.read.files import FilesReader
 from tasks.read.tables import TableReader
@@ -70,7 +69,7 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
         CorpusError: The corpus holds what no index can hold.
     """
     facts = facts_for(config.embedding)
-    provider = open_provider(config, facts)
+    provider = open_provider(config)
     reader = open_reader(config, overrides)
     identity = Identity(provider.space, reader.splitter)
     table = open_index(config.index)
@@ -107,15 +106,6 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
     )
 
 
-def open_provider(config: Config, facts: ModelFacts) -> Provider:
-    """Who embeds, by the config."""
-    dimension = dimension_of(config.embedding)
-    limits = limits_for(config.limits, facts)
-    if facts.provider == "lexical":
-        return Lexical(dimension, limits)
-    return Voyage(facts.name, dimension, limits)
-
-
 def open_reader(config: Config, overrides: Overrides) -> Reader:
     """The corpus, by the config.
 
@@ -129,19 +119,6 @@ def open_reader(config: Config, overrides: Overrides) -> Reader:
     if overrides.narrow is not None:
         raise SettingsError("A narrower source path needs a source of files, not of tables.")
     return TableReader(source)
-
-
-def require_runnable(config: Config) -> None:
-    """Refuse at once what can be planned but not run.
-
-    Raises:
-        SettingsError: The provider cannot embed yet.
-    """
-    if config.embedding.provider == "voyage":
-        raise SettingsError(
-            "embedding.provider: this version plans for 'voyage' but does not call it. "
-            "Use `embed-once plan` for the price, or provider 'lexical' to build an index."
-        )
 
 
 def require_safe(survey: Survey, overrides: Overrides) -> None:

@@ -6,12 +6,11 @@ from typing import Any
 from lancedb.query import LanceVectorQueryBuilder
 from pydantic import BaseModel
 
-from tasks.catalog import facts_for
 from tasks.errors import SettingsError
 from tasks.index import open_index, require_space
 from tasks.params import Config
-from tasks.plan import open_provider, require_runnable
 from tasks.providers import checked_vectors
+from tasks.providers.opening import open_provider, require_runnable
 
 SNIPPET_LINES = 4
 SNIPPET_WIDTH = 100
@@ -47,7 +46,7 @@ def search(config: Config, text: str, k: int = 5) -> list[Hit]:
     if not text.strip():
         raise SettingsError("There is nothing to search for: the text is blank.")
     require_runnable(config)
-    provider = open_provider(config, facts_for(config.embedding))
+    provider = open_provider(config)
     table = open_index(config.index)
     if table is None:
         raise SettingsError(

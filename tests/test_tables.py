@@ -205,8 +205,10 @@ def test_json_ids_of_another_type_are_refused(value: str, tmp_path: Path) -> Non
 def test_rows_without_id_are_counted_and_named(write: Writer, tmp_path: Path) -> None:
     ids = [None if row in (1, 9000) else "" if row == 3 else str(row) for row in range(9001)]
     path = write(pa.table({"id": ids, "text": ["t"] * 9001}), tmp_path)
+    batches: list[pa.RecordBatch] = []
     with pytest.raises(CorpusError, match="3 rows have no id") as error:
-        read(path)
+        batches.extend(reader(path).chunks(ReadNotes()))
+    assert not batches
     assert f"{path} row 2, {path} row 4, {path} row 9001" in str(error.value)
 
 
@@ -269,7 +271,7 @@ def test_invalid_unicode_in_a_document_costs_its_row_and_in_an_id_the_run(tmp_pa
 
 @every_typed
 def test_a_text_column_of_numbers_is_refused(write: Writer, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"'text' holds int64, but source\.text"):
+    with pytest.raises(SettingsError, match=r"'text' holds int64, .* a column of text\."):
         read(write(pa.table({"id": ["a"], "text": [1]}), tmp_path))
 
 
@@ -537,6 +539,31 @@ def test_a_stream_without_end_is_refused(tmp_path: Path) -> None:
     path = to_stream(small(), tmp_path)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(CorpusError, match="no end"):
+        read(path)
+
+
+@pytest.mark.parametrize("header", ["id,n,text", "text,n,id"])
+def test_a_quote_that_is_never_closed_is_found(header: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f'{header}\na,1,alpha\nb,2,"beta\nc,3,gamma\n')
+    with pytest.raises(CorpusError, match=r"t\.csv ends within a quoted cell"):
+        read(tmp_path / "t.csv")
+
+
+def test_newlines_in_quotes_may_stand_where_csv_blocks_meet(tmp_path: Path) -> None:
+    text = "line\n" * 200
+    path = to_csv(pa.table({"id": range(10_000), "text": [text] * 10_000}), tmp_path)
+    rows = read(path)
+    assert [row["id"] for row in rows] == [str(row) for row in range(10_000)]
+    assert {row["text"] for row in rows} == {text}
+
+
+def test_a_parquet_page_that_fails_its_checksum_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    parquet.write_table(
+        small(), path, use_dictionary=False, compression="none", write_page_checksum=True
+    )
+    path.write_bytes(path.read_bytes().replace(b"alpha", b"alphX"))
+    with pytest.raises(CorpusError, match=r"t\.parquet cannot be read in full"):
         read(path)
 
 

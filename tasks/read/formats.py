@@ -192,7 +192,7 @@ class ArrowPart(Part):
 
 
 class LancePart(Part):
-    """A LanceDB table, read at the version it had when it was first looked at."""
+    """A LanceDB table. An open one stays at the version it was opened at."""
 
     @cached_property
     def _table(self) -> Any:
@@ -200,9 +200,7 @@ class LancePart(Part):
 
         hint = "The path must be a table that LanceDB can open, <database>/<table>.lance."
         with reading(self.path, hint):
-            table = lancedb.connect(str(self.path.parent)).open_table(self.path.stem)
-            table.checkout(table.version)
-            return table
+            return lancedb.connect(str(self.path.parent)).open_table(self.path.stem)
 
     def schema(self) -> pa.Schema:
         """The columns of the table."""
@@ -238,7 +236,8 @@ class CsvPart(Part):
     def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """All rows, each cell of the type in `schema`."""
         mark = uuid.uuid4().hex
-        row = ",".join(f'"{mark * (name == self.source.id)}"' for name in self.schema().names)
+        # No cell of it is quoted: a quote would close the one that was left open.
+        row = ",".join(mark * (name == self.source.id) for name in self.schema().names)
         types = {field.name: field.type for field in schema}
         held: pa.RecordBatch | None = None
         with (

@@ -1,0 +1,35 @@
+"""Which provider a config asks for."""
+
+from tasks.catalog import dimension_of, facts_for, limits_for
+from tasks.errors import SettingsError
+from tasks.params import Config
+from tasks.providers import Provider
+from tasks.providers.lexical import Lexical
+from tasks.providers.voyage import Voyage
+
+
+def open_provider(config: Config) -> Provider:
+    """The provider, for planning at least.
+
+    Raises:
+        SettingsError: Provider, model, dimension and limits do not fit together.
+    """
+    facts = facts_for(config.embedding)
+    dimension = dimension_of(config.embedding)
+    limits = limits_for(config.limits, facts)
+    if facts.provider == "lexical":
+        return Lexical(dimension, limits)
+    return Voyage(facts.name, dimension, limits)
+
+
+def require_runnable(config: Config) -> None:
+    """Refuse at once what can be planned but not run.
+
+    Raises:
+        SettingsError: The provider cannot embed yet.
+    """
+    if config.embedding.provider == "voyage":
+        raise SettingsError(
+            "embedding.provider: this version plans for 'voyage' but does not call it. "
+            "Use `embed-once plan` for the price, or provider 'lexical' to build an index."
+        )

@@ -1,0 +1,152 @@
+"""What several tests share: fresh folders, tables by reference, a corpus in memory, a whole run."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tasks.journal import Call, RunFolder
+from tasks.keys import text_hash
+from tasks.limits import Limits
+from tasks.params import Index
+from tasks.providers.lexical import Lexical
+from tasks.read import ReadNotes, Wanted
+from tasks.schemas import CHUNKS, TableRef, vectors_schema
+
+ANY = Limits(
+    requests_per_minute=None,
+    tokens_per_minute=None,
+    texts_per_request=1000,
+    tokens_per_request=None,
+    concurrency=2,
+)
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """A new empty folder for each call, so that each example of a property starts anew."""
+    base, numbers = tmp_path_factory.mktemp("fresh"), itertools.count()
+
+    def folder() -> Path:
+        path = base / str(next(numbers))
+        path.mkdir()
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lexical() -> Lexical:
+    return Lexical(256, ANY)
+
+
+@pytest.fixture(scope="session")
+def paid(lexical: Lexical) -> Callable[..., pa.Table]:
+    """Texts with their vectors, as an answer brings them."""
+
+    def embed(*texts: str) -> pa.Table:
+        vectors = lexical.embed(texts).vectors.tolist()
+        rows = [
+            {"text_hash": text_hash(text), "vector": vector}
+            for text, vector in zip(texts, vectors, strict=True)
+        ]
+        return pa.Table.from_pylist(rows, schema=vectors_schema(lexical.dimension))
+
+    return embed
+
+
+@pytest.fixture(scope="session")
+def ref(fresh: Callable[[], Path]) -> Callable[..., TableRef]:
+    """A table by reference, from rows as dictionaries."""
+
+    def write(
+        schema: pa.Schema, rows: Sequence[Mapping[str, Any]], batch_rows: int = 3
+    ) -> TableRef:
+        table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+        return TableRef.write(fresh() / "t.arrow", schema, table.to_batches(batch_rows))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def index_in() -> Callable[..., Index]:
+    """An index in a folder."""
+
+    def make(folder: Path, table: str = "t") -> Index:
+        return Index.model_validate({"uri": str(folder / "index"), "table": table})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def call_of() -> Callable[..., Call]:
+    """A call to a provider that ended well."""
+
+    def make(run_id: str = "run", batch: int = 1, attempt: int = 1, status: str = "ok") -> Call:
+        return Call(
+            run_id=run_id,
+            batch=batch,
+            attempt=attempt,
+            status=status,
+            started_at="2026-01-01T00:00:00+00:00",
+            seconds=0.5,
+            texts=1,
+            tokens_estimated=3,
+            tokens_billed=3,
+            usd=0.0,
+            request_id="",
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_folder() -> Callable[..., RunFolder]:
+    """The folder of a run, made as a living run makes it, but not held."""
+
+    def make(state: Path, run_id: str = "run") -> RunFolder:
+        folder = RunFolder(str(state), run_id)
+        folder.staging.mkdir(parents=True)
+        return folder
+
+    return make
+
+
+@dataclass
+class MemoryReader:
+    """A corpus in memory, one chunk a row; each reading takes the next of `states`.
+
+    A state is a list of rows: (id or None, document, text, metadata value).
+    """
+
+    states: Sequence[Sequence[tuple[str | None, str | None, str, str | None]]]
+    metadata: list[pa.Field] = field(default_factory=lambda: [pa.field("lang", pa.utf8())])
+    splitter: str = ""
+    batch_rows: int = 3
+    readings: int = 0
+
+    def chunks(self, notes: ReadNotes, wanted: Wanted | None = None) -> Iterator[pa.RecordBatch]:
+        state = self.states[min(self.readings, len(self.states) - 1)]
+        self.readings += 1
+        rows = [row for row in state if wanted is None or wanted(row[1])]
+        notes.documents += len({row[1] for row in rows})
+        lines: Counter[str | None] = Counter()
+        records = []
+        for id_, document, text, value in rows:
+            record: dict[str, Any] = {"id": id_, "document": document, "text": text}
+            if id_ is None:  # a file, a line a chunk
+                lines[document] += 1
+                record |= {"start_line": lines[document], "end_line": lines[document]}
+            records.append({**record, **{own.name: value for own in self.metadata}})
+        schema = pa.schema([*CHUNKS, *self.metadata])
+        yield from pa.Table.from_pylist(records, schema=schema).to_batches(self.batch_rows)
+
+
+@pytest.fixture(scope="session")
+def memory_reader() -> type[MemoryReader]:
+    return MemoryReader

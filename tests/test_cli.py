@@ -1,0 +1,163 @@
+"""The command, as a user meets it: a process with stdout, stderr and an exit code."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIG = """\
+name: birds
+source: {kind: files, path: ./corpus}
+embedding: {provider: lexical, dimension: 128}
+index: {uri: ./index, table: birds}
+state: {uri: ./state}
+"""
+
+BIRDS = {
+    "owl.md": "# Owls\n\nOwls hunt mice at night and turn their heads.\n",
+    "duck.md": "# Ducks\n\nDucks swim on ponds and dive for weeds.\n",
+    "code.py": "def migrate(storks):\n    return [stork.fly('south') for stork in storks]\n",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus that was indexed once by the command, with its report."""
+    folder = tmp_path_factory.mktemp("birds")
+    (folder / "corpus").mkdir()
+    for name, text in BIRDS.items():
+        (folder / "corpus" / name).write_text(text, encoding="utf-8")
+    (folder / "birds.yaml").write_text(CONFIG, encoding="utf-8")
+    first = embed_once("reindex", "birds.yaml", "--report", "first.json", cwd=folder)
+    assert first.returncode == 0, first.stderr
+    (folder / "first.txt").write_text(first.stdout, encoding="utf-8")
+    (folder / "first.err").write_text(first.stderr, encoding="utf-8")
+    return folder
+
+
+def embed_once(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=cwd,
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100"},
+        timeout=150,
+    )
+
+
+def test_a_run_prints_a_summary_and_is_otherwise_quiet_in_a_pipe(home: Path) -> None:
+    printed = (home / "first.txt").read_text(encoding="utf-8")
+    assert printed.startswith("birds: generation 1 published, 3 chunks written")
+    assert re.search(r"texts embedded +3 of 3", printed)
+    assert (home / "first.err").read_text(encoding="utf-8") == ""
+
+
+def test_what_prefect_logs_goes_to_a_file(home: Path) -> None:
+    logs = list((home / "state" / "logs").glob("*-reindex-*.log"))
+    assert "Finished in state Completed()" in logs[0].read_text(encoding="utf-8")
+
+
+def test_the_report_file_holds_what_the_contract_names(home: Path) -> None:
+    report = json.loads((home / "first.json").read_text(encoding="utf-8"))
+    assert report["chunks"] == {
+        "total": 3,
+        "unchanged": 0,
+        "added": 3,
+        "changed": 0,
+        "moved": 0,
+        "deleted": 0,
+        "duplicate": 0,
+        "quarantined": 0,
+    }
+    assert report["texts"] == {"unique": 3, "from_cache": 0, "embedded": 3}
+    assert set(report["calls"]) == {"ok", "failed", "throttled", "split", "retried"}
+    assert set(report["cost"]["saved_usd"]) == {"unchanged", "duplicates", "cache"}
+    assert set(report["seconds"]) == {
+        "read",
+        "fingerprint",
+        "compare",
+        "lookup",
+        "embed",
+        "publish",
+        "total",
+    }
+    assert report["generation"] == 1
+    assert report["memory"]["peak_bytes"] > 10_000_000
+
+
+def test_search_names_document_lines_and_distance_from_any_folder(
+    home: Path, tmp_path: Path
+) -> None:
+    found = embed_once(
+        "search", str(home / "birds.yaml"), "which bird hunts mice at night?", cwd=tmp_path
+    )
+    assert found.returncode == 0, found.stderr
+    assert re.match(r"1\. owl\.md:1-3  \(distance 0\.\d+\)\n +# Owls", found.stdout)
+    assert found.stderr == ""
+
+
+def test_search_prints_json_for_machines(home: Path) -> None:
+    found = embed_once("search", "birds.yaml", "storks migrate", "-k", "1", "--json", cwd=home)
+    (hit,) = json.loads(found.stdout)
+    assert (hit["document"], hit["start_line"], hit["end_line"]) == ("code.py", 1, 2)
+
+
+def test_history_lists_the_run(home: Path) -> None:
+    listed = embed_once("history", "birds.yaml", cwd=home)
+    assert listed.returncode == 0, listed.stderr
+    assert re.search(r"^ +1  20\S+ +completed +3 ", listed.stdout, re.MULTILINE)
+
+
+def test_plan_shows_absolute_paths_and_leaves_no_trace(home: Path) -> None:
+    before = sorted(path for path in home.rglob("*") if "plan.json" not in path.name)
+    planned = embed_once("plan", "birds.yaml", "--json", "plan.json", cwd=home)
+    assert planned.returncode == 0, planned.stderr
+    assert str(home / "corpus") in planned.stdout
+    assert json.loads((home / "plan.json").read_text(encoding="utf-8"))["chunks"]["unchanged"] == 3
+    assert sorted(path for path in home.rglob("*") if "plan.json" not in path.name) == before
+
+
+def test_plan_prices_a_voyage_model_without_a_key(home: Path) -> None:
+    planned = embed_once(
+        "plan", "birds.yaml", "--set", "embedding.provider=voyage",
+        "--set", "embedding.model=voyage-4", "--set", "embedding.dimension=1024",
+        "--set", "index.table=other", "--json", "voyage.json", cwd=home,
+    )  # fmt: skip
+    assert planned.returncode == 0, planned.stderr
+    plan = json.loads((home / "voyage.json").read_text(encoding="utf-8"))
+    assert plan["cost"]["usd"] == pytest.approx(plan["tokens"] * 0.06 / 1e6)
+    assert plan["usd_batch_lane"] == pytest.approx(plan["cost"]["usd"] * 0.67)
+    assert plan["bound_by"] == "requests per minute"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["reindex", "nowhere.yaml"], 2, "There is no config file at"),
+        (["reindex", "birds.yaml", "--set", "sauce.kind=files"], 2, "Did you mean 'source'?"),
+        (["reindex", "birds.yaml", "--set", "source.path=./no"], 2, "source.path"),
+        (["reindex", "birds.yaml", "--set", "embedding.provider=acme"], 2, "embedding.provider"),
+        (["plan", "birds.yaml", "--set", "embedding.dimension=7"], 2, "embedding.dimension"),
+        (["plan", "birds.yaml", "--set", "embedding.dimension=256"], 2, "of another space|holds"),
+        (["reindex", "birds.yaml", "--set", "embedding.provider=voyage"], 2, "embedding.model"),
+        (["reindex", "birds.yaml", "--narrow", "nothing"], 2, "nothing"),
+        (["search", "birds.yaml", "x", "--set", "index.table=empty"], 2, "no index 'empty'"),
+        (["search", "birds.yaml", "  "], 2, "blank"),
+        (["reindex"], 2, "Missing argument"),
+        (["reindex", "birds.yaml", "--budget", "3"], 2, "No such option"),
+    ],
+)
+def test_a_users_mistake_is_said_in_words_and_touches_nothing(
+    home: Path, arguments: list[str], code: int, message: str
+) -> None:
+    done = embed_once(*arguments, cwd=home)
+    assert done.returncode == code, done.stderr
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""

@@ -1,0 +1,96 @@
+"""Batches hold every text once, in order, and no more than one call takes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import groupby, pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from tasks.keys import digest
+from tasks.limits import Limits
+from tasks.pack import Packed, pack
+from tasks.schemas import MISSES, PACKED, TableRef
+
+ONE = Limits(
+    requests_per_minute=None,
+    tokens_per_minute=None,
+    texts_per_request=1,
+    tokens_per_request=None,
+    concurrency=1,
+)
+Packing = Callable[[list[int], int, int | None], tuple[Packed, list[list[int]]]]
+
+
+@pytest.fixture(scope="session")
+def packing(ref: Callable[..., TableRef], fresh: Callable[[], Path]) -> Packing:
+    """The tokens of each batch, for texts of so many tokens."""
+
+    def run(tokens: list[int], texts: int, most: int | None) -> tuple[Packed, list[list[int]]]:
+        rows = [
+            {"text_hash": digest(str(number).encode()), "tokens": count}
+            for number, count in enumerate(tokens)
+        ]
+        limits = replace(ONE, texts_per_request=texts, tokens_per_request=most)
+        packed = pack(ref(MISSES, rows), limits, fresh() / "packed.arrow")
+        found = packed.table.load(PACKED).to_pylist()
+        assert [(row["text_hash"], row["tokens"]) for row in found] == [
+            (row["text_hash"], row["tokens"]) for row in rows
+        ]
+        batches = groupby(found, key=lambda row: int(row["batch"]))
+        numbered = [(number, [row["tokens"] for row in group]) for number, group in batches]
+        assert [number for number, _ in numbered] == list(range(1, len(numbered) + 1))
+        return packed, [group for _, group in numbered]
+
+    return run
+
+
+@given(
+    st.lists(st.integers(1, 12), max_size=30),
+    st.integers(1, 6),
+    st.one_of(st.none(), st.integers(1, 20)),
+)
+@hypothesis_settings(max_examples=100, deadline=None)
+def test_no_batch_passes_the_limits_but_one_text_that_is_too_long_alone(
+    packing: Packing, tokens: list[int], texts: int, most: int | None
+) -> None:
+    packed, batches = packing(tokens, texts, most)
+    assert [count for batch in batches for count in batch] == tokens
+    assert (packed.batches, packed.texts, packed.tokens) == (
+        len(batches),
+        len(tokens),
+        sum(tokens),
+    )
+    for batch in batches:
+        assert len(batch) <= texts
+        assert most is None or sum(batch) <= most or len(batch) == 1
+
+
+@given(st.lists(st.integers(1, 12), max_size=30), st.integers(1, 6), st.integers(1, 20))
+@hypothesis_settings(max_examples=50, deadline=None)
+def test_a_batch_ends_only_where_the_next_text_does_not_fit(
+    packing: Packing, tokens: list[int], texts: int, most: int
+) -> None:
+    _, batches = packing(tokens, texts, most)
+    for batch, following in pairwise(batches):
+        assert len(batch) == texts or sum(batch) + following[0] > most
+
+
+def test_batches_fill_to_the_last_token(packing: Packing) -> None:
+    assert packing([5, 5, 5, 1], 10, 10)[1] == [[5, 5], [5, 1]]
+    assert packing([5, 99, 5], 10, 10)[1] == [[5], [99], [5]]
+    assert packing([1, 1, 1], 2, None)[1] == [[1, 1], [1]]
+    assert packing([], 2, None)[1] == []
+
+
+def test_the_time_a_run_takes_follows_from_its_tightest_limit() -> None:
+    limits = replace(ONE, requests_per_minute=10, tokens_per_minute=1000)
+    assert limits.seconds_needed(calls=20, tokens=1000) == 120
+    assert limits.binding(calls=20, tokens=1000) == "requests per minute"
+    assert limits.seconds_needed(calls=1, tokens=500) == 30
+    assert limits.binding(calls=1, tokens=500) == "tokens per minute"
+    assert ONE.seconds_needed(calls=9, tokens=9) == 0
+    assert ONE.binding(calls=9, tokens=9) == ""
