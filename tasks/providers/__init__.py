@@ -123,13 +123,13 @@ def checked_vectors(answer: Answer, texts: int, provider: Provider) -> Vectors:
         )
     if not np.isfinite(vectors).all():
         raise AnswerRejected(f"{provider.space} answered with numbers that are not finite.")
-    norms = np.linalg.norm(vectors, axis=1)
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1)  # squares leave float32 early
     if (norms == 0).any():
         raise AnswerRejected(f"{provider.space} answered with a vector of zeros.")
     if provider.unit_vectors and (np.abs(norms - 1) > UNIT_TOLERANCE).any():
         raise AnswerRejected(f"{provider.space} answered with vectors that are not of length 1.")
     if not provider.unit_vectors:
-        vectors = vectors / norms[:, None]
+        vectors = (vectors / norms[:, None]).astype(np.float32)
     ordered = np.empty_like(vectors)
     ordered[order] = vectors
     return ordered

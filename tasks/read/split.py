@@ -76,9 +76,7 @@ _ENDINGS = {
     "tsx": ".tsx",
     "typescript": ".ts .mts .cts",
 }
-_KIND_OF_ENDING = {
-    ending: kind for kind, endings in _ENDINGS.items() for ending in endings.split()
-}
+_KIND_OF_ENDING = {ending: kind for kind, endings in _ENDINGS.items() for ending in endings.split()}
 _KIND_OF_NAME = {
     "changelog": "markdown",
     "contributing": "markdown",
@@ -88,8 +86,7 @@ _KIND_OF_NAME = {
 }
 
 _BORDERS = [
-    re.compile(pattern)
-    for pattern in (r"\n\r?\n(?=\S)", r"\n(?=\S)", r"\n", r"\s", r"[;,}>。、]")  # noqa: RUF001
+    re.compile(pattern) for pattern in (r"\n\r?\n(?=\S)", r"\n(?=\S)", r"\n", r"\s", r"[;,}>。、]")
 ]
 """Where a section may end, best first."""
 
@@ -173,35 +170,31 @@ class Splitter:
                     yield _Cut(start, fresh, end)
                     covered = end
 
-    def _joined(self, text: str, cuts: Iterator[_Cut]) -> Iterator[_Cut]:
+    def _joined(self, text: str, cuts: Iterator[_Cut]) -> list[_Cut]:
         """Join fragments, say a lone `class A:`, to the next cut, else to the one before."""
-        before = last = None
+        done: list[_Cut] = []
         for cut in cuts:
-            if last is None:
-                last = cut
-                continue
-            closing = not any(map(str.isalnum, text[cut.fresh : cut.end]))
-            wanted = self._is_fragment(text, last) or (closing and self._is_fragment(text, cut))
-            if wanted and (joined := self._join(text, last, cut)):
-                last = joined
-                continue
-            before, last = self._settle(text, before, last), cut
-            if before is not None and before[1] is not None:
-                yield before[1]
-            before = before[0] if before is not None else None
-        if last is not None:
-            kept, ready = self._settle(text, before, last)
-            if ready is not None:
-                yield ready
-            yield kept
+            if done and self._belong_together(text, done[-1], cut):
+                joined = self._join(text, done[-1], cut)
+                if joined:
+                    done[-1] = joined
+                    continue
+            self._fold_back(text, done)
+            done.append(cut)
+        self._fold_back(text, done)
+        return done
 
-    def _settle(self, text: str, before: _Cut | None, last: _Cut) -> tuple[_Cut, _Cut | None]:
-        """What to hold after `last` met no follower, and what is ready by that."""
-        if before is not None and self._is_fragment(text, last):
-            joined = self._join(text, before, last)
+    def _belong_together(self, text: str, last: _Cut, cut: _Cut) -> bool:
+        """Whether `last` is a fragment, or `cut` is one that only closes, say a lone `}`."""
+        closes = not any(map(str.isalnum, text[cut.fresh : cut.end]))
+        return self._is_fragment(text, last) or (closes and self._is_fragment(text, cut))
+
+    def _fold_back(self, text: str, done: list[_Cut]) -> None:
+        """Join the last cut, if it is still a fragment, to the one before."""
+        if len(done) > 1 and self._is_fragment(text, done[-1]):
+            joined = self._join(text, done[-2], done[-1])
             if joined:
-                return joined, None
-        return last, before
+                done[-2:] = [joined]
 
     def _is_fragment(self, text: str, cut: _Cut) -> bool:
         return size_of(text[cut.fresh : cut.end].strip()) < self.limit // 8
