@@ -1,6 +1,7 @@
 """The `embed-once` command: the same flows and functions, for a terminal or a pipe."""
 
 import contextlib
+import logging
 import os
 import sys
 import traceback
@@ -30,7 +31,7 @@ SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config value.")
 ]
 NarrowOption = Annotated[
-    str | None,
+    str,
     typer.Option(
         metavar="PATH", help="Look only at this file or folder below source.path; keep the rest."
     ),
@@ -44,7 +45,7 @@ AcceptOption = Annotated[
 def reindex(
     config: ConfigPath,
     settings: SetOption = [],  # noqa: B006
-    narrow: NarrowOption = None,
+    narrow: NarrowOption = "",
     accept_splitter: AcceptOption = False,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write the run report here.")
@@ -73,7 +74,7 @@ def reindex(
 def plan(
     config: ConfigPath,
     settings: SetOption = [],  # noqa: B006
-    narrow: NarrowOption = None,
+    narrow: NarrowOption = "",
     accept_splitter: AcceptOption = False,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write the plan here.")
@@ -190,6 +191,8 @@ def _prefect_log(folder: Path, name: str) -> Iterator[int]:
         traceback.print_exc()
         problem = f"{type(error).__name__}: {error}"
     finally:
+        # The temporary server is stopped when Python exits, and says so.
+        logging.getLogger("prefect").setLevel(logging.WARNING)
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(real_out, 1)

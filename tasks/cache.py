@@ -60,19 +60,32 @@ class Cache:
         """For each text_hash whether its vector is here."""
         return self._keys.holds(hashes)
 
+    def require(self, hashes: pa.Array | pa.ChunkedArray) -> None:
+        """Check that the vector of each text_hash is here, or came from another run by now.
+
+        Raises:
+            EmbedOnceError: One of them is not here.
+        """
+        if self.holds(hashes).all():
+            return
+        self.refresh()
+        missing = int(np.sum(~self.holds(hashes)))
+        if missing:
+            raise EmbedOnceError(
+                f"{missing} vectors are missing from the cache {self.name} in {self._uri}. "
+                "Run again: they are embedded anew."
+            )
+
     def vectors(self, hashes: pa.Array | pa.ChunkedArray) -> pa.FixedSizeListArray:
         """The vector of each text_hash, in their order: float32, shape (len(hashes), dimension).
 
         Raises:
             EmbedOnceError: One of them is not here.
         """
+        self.require(hashes)
         at = self._keys.positions(hashes)
-        if (at < 0).any() or self._table is None:
-            missing = int((at < 0).sum())
-            raise EmbedOnceError(
-                f"{missing} vectors are missing from the cache {self.name} in {self._uri}. "
-                "Run again: they are embedded anew."
-            )
+        if self._table is None or not len(at):
+            return pa.array([], vectors_schema(self.space.dimension).field("vector").type)
         row_ids = np.unique(self._row_ids[at])
         query = self._table.take_row_ids(row_ids.tolist()).select(["text_hash", "vector"])
         found = query.to_arrow()

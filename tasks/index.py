@@ -118,7 +118,10 @@ def _indexed(table: Table) -> Iterator[pa.RecordBatch]:
 
 def generations(table: Table) -> list[Generation]:
     """All generations that are kept, oldest first."""
-    published = {entry["version"]: entry["timestamp"] for entry in table.list_versions()}
+    # LanceDB tells the time of this machine, without saying so.
+    published = {
+        entry["version"]: entry["timestamp"].astimezone(UTC) for entry in table.list_versions()
+    }
     found = [
         Generation(int(name.removeprefix(TAG)), tag["version"], published[tag["version"]])
         for name, tag in table.tags.list().items()
@@ -167,17 +170,20 @@ def held(index: Index, run_id: str) -> Iterator[None]:
     folder = Path(index.uri)
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / f"{index.table}.holder.json"
+    lock = FileLock(folder / f"{index.table}.lock", timeout=0)
     try:
-        lock = FileLock(folder / f"{index.table}.lock", timeout=0)
-        with lock:
-            since = datetime.now(tz=UTC).isoformat(timespec="seconds")
-            holder.write_text(json.dumps({"run_id": run_id, "since": since}), encoding="utf-8")
-            yield
+        lock.acquire()
     except Timeout:
         raise IndexHeld(
             f"Another run holds the index {index.table!r} in {index.uri}{_holder(holder)}. "
             "Run again when it has ended."
         ) from None
+    try:
+        since = datetime.now(tz=UTC).isoformat(timespec="seconds")
+        holder.write_text(json.dumps({"run_id": run_id, "since": since}), encoding="utf-8")
+        yield
+    finally:
+        lock.release()
 
 
 def _holder(file: Path) -> str:

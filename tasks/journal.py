@@ -239,15 +239,18 @@ def _recover_one(folder: RunFolder, record: Callable[[list[Call]], None]) -> Rec
     return Recovered(vectors, tuple(set_aside))
 
 
+def unfolded_answers(state_uri: str, space: Space) -> Iterator[StoredAnswer]:
+    """Whole answers in `space` that no run has folded yet, whether it lives or died."""
+    for file in sorted((Path(state_uri) / "runs").glob("*/answers/*.arrow")):
+        answer = read_answer(file)
+        if answer is not None and answer.space == space:
+            yield answer
+
+
 def unfolded_hashes(state_uri: str, space: Space) -> list[pa.Array]:
     """text_hash columns of answers that no run has folded yet; for a plan, which writes nothing."""
-    files = sorted((Path(state_uri) / "runs").glob("*/answers/*.arrow"))
-    answers = [read_answer(file) for file in files]
-    return [
-        answer.table.column("text_hash").combine_chunks()
-        for answer in answers
-        if answer is not None and answer.space == space
-    ]
+    answers = unfolded_answers(state_uri, space)
+    return [answer.table.column("text_hash").combine_chunks() for answer in answers]
 
 
 def _set_aside(folder: RunFolder, file: Path) -> Path:

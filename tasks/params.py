@@ -140,11 +140,11 @@ class Overrides(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    narrow: str | None = Field(
-        default=None,
+    narrow: str = Field(
+        default="",
         title="Narrower source path",
-        description="Look only at this file or folder below source.path, say `guides/api`; "
-        "all other documents stay in the index as they are.",
+        description="Look only at this file or folder below source.path, say guides/api; "
+        "all other documents stay in the index as they are. Empty: the whole source.",
         json_schema_extra={"position": 0},
     )
     accept_splitter: bool = Field(
@@ -157,8 +157,8 @@ class Overrides(BaseModel):
     settings: list[str] = Field(
         default=[],
         title="Further settings",
-        description="Config values as `key=value`, one a line, "
-        "say `index.max_deleted_fraction=1` or `limits.concurrency=2`.",
+        description="Config values as key=value, one an item, "
+        "say index.max_deleted_fraction=1 or limits.concurrency=2.",
         json_schema_extra={"position": 2},
     )
 

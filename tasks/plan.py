@@ -79,7 +79,7 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
     keyed = fingerprint(reader, provider.count, folder / "keyed.arrow")
     compare_started = time.perf_counter()
     indexed = scan(table, folder / "indexed.arrow")
-    held = Held(tuple(keyed.notes.unread), overrides.narrow)
+    held = Held(tuple(keyed.notes.unread), overrides.narrow or None)
     same_columns = table is None or metadata_fields(table.schema) == reader.metadata
     compared = compare(
         keyed.table, indexed, config.source.kind, held, folder, same_columns=same_columns
@@ -115,8 +115,8 @@ def open_reader(config: Config, overrides: Overrides) -> Reader:
     source = config.source
     if isinstance(source, FilesSource):
         own = [Path(config.index.uri), Path(config.state.uri)]
-        return FilesReader(source, skip_paths=own, narrow=overrides.narrow)
-    if overrides.narrow is not None:
+        return FilesReader(source, skip_paths=own, narrow=overrides.narrow or None)
+    if overrides.narrow:
         raise SettingsError("A narrower source path needs a source of files, not of tables.")
     return TableReader(source)
 

@@ -76,10 +76,13 @@ def publish(
 
     Raises:
         CorpusError: `rows` holds an id twice.
+        EmbedOnceError: A vector is missing; nothing was published.
     """
     metadata = metadata_fields(rows.schema())
     schema = identity.schema(metadata)
     _refuse_repeated(rows, metadata)
+    for batch in rows.batches(rows_schema(metadata)):  # LanceDB would hide the error in its own
+        cache.require(batch.column("text_hash"))
     table = open_index(index)
     gone = deletions.load(DELETIONS).column("id")
     way = _way(table, schema, rows.rows, updates, len(gone))

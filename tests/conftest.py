@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from tasks.journal import Call, RunFolder
-from tasks.keys import text_hash
+from tasks.keys import hash_column, text_hash
 from tasks.limits import Limits
 from tasks.params import Index
 from tasks.providers.lexical import Lexical
@@ -50,12 +50,12 @@ def paid(lexical: Lexical) -> Callable[..., pa.Table]:
     """Texts with their vectors, as an answer brings them."""
 
     def embed(*texts: str) -> pa.Table:
-        vectors = lexical.embed(texts).vectors.tolist()
-        rows = [
-            {"text_hash": text_hash(text), "vector": vector}
-            for text, vector in zip(texts, vectors, strict=True)
+        vectors = pa.array(lexical.embed(texts).vectors.reshape(-1))
+        columns = [
+            hash_column([text_hash(text) for text in texts]),
+            pa.FixedSizeListArray.from_arrays(vectors, lexical.dimension),
         ]
-        return pa.Table.from_pylist(rows, schema=vectors_schema(lexical.dimension))
+        return pa.Table.from_arrays(columns, schema=vectors_schema(lexical.dimension))
 
     return embed
 

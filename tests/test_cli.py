@@ -145,7 +145,7 @@ def test_plan_prices_a_voyage_model_without_a_key(home: Path) -> None:
         (["reindex", "birds.yaml", "--set", "embedding.provider=acme"], 2, "embedding.provider"),
         (["plan", "birds.yaml", "--set", "embedding.dimension=7"], 2, "embedding.dimension"),
         (["plan", "birds.yaml", "--set", "embedding.dimension=256"], 2, "of another space|holds"),
-        (["reindex", "birds.yaml", "--set", "embedding.provider=voyage"], 2, "embedding.model"),
+        (["reindex", "birds.yaml", "--set", "embedding.provider=voyage"], 2, "embed-once plan"),
         (["reindex", "birds.yaml", "--narrow", "nothing"], 2, "nothing"),
         (["search", "birds.yaml", "x", "--set", "index.table=empty"], 2, "no index 'empty'"),
         (["search", "birds.yaml", "  "], 2, "blank"),

@@ -26,11 +26,13 @@ from tasks.journal import (
     fold,
     read_answer,
     recover,
+    unfolded_answers,
     unfolded_hashes,
 )
 from tasks.keys import hash_column, text_hash
 from tasks.providers.lexical import Lexical
 
+ROOT = Path(__file__).parents[1]
 WORDS = ["alpha", "beta", "gamma"]
 Write = Callable[..., Path]
 Paid = Callable[..., pa.Table]
@@ -292,7 +294,7 @@ def test_answers_of_other_spaces_go_to_their_own_caches(
 def process(script: str, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
     """A Python process that has printed its first line; killed at the end."""
     command = [sys.executable, "-c", script, *arguments]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert started.stdout is not None
         assert started.stdout.readline().strip() == "ready"
@@ -326,7 +328,6 @@ def test_a_living_run_is_left_alone_until_it_dies(tmp_path: Path, write: Write) 
 
 PAY = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[2])
 from tasks.journal import Call, RunFolder
 from tasks.keys import hash_column, text_hash
 from tasks.limits import Limits
@@ -345,7 +346,7 @@ with folder.alive():
 def test_a_run_killed_right_after_its_answer_loses_nothing(
     tmp_path: Path, lexical: Lexical
 ) -> None:
-    with process(PAY, str(tmp_path), str(Path(__file__).parents[1])) as run:
+    with process(PAY, str(tmp_path)) as run:
         assert run.wait() == -signal.SIGKILL
     records = Records()
     assert recover(str(tmp_path), records) == Recovered(3)
@@ -516,6 +517,18 @@ def test_a_plan_sees_the_answers_that_nobody_folded(
     write(two, "gamma", batch=2).write_bytes(b"torn")
     found = unfolded_hashes(str(tmp_path), lexical.space)
     assert [column.to_pylist() for column in found] == [hashes("alpha", "beta").to_pylist()]
+
+
+def test_answers_of_a_living_run_can_be_remembered_while_it_keeps_them(
+    tmp_path: Path, write: Write, cache: Cache, lexical: Lexical
+) -> None:
+    folder = RunFolder(str(tmp_path), "living")
+    with folder.alive():
+        answer = write(folder, *WORDS)
+        found = unfolded_answers(str(tmp_path), lexical.space)
+        assert cache.remember(one.table for one in found) == 3
+        assert answer.exists()
+    assert vectors_in(cache, *WORDS) == expected(lexical, *WORDS)
 
 
 def test_many_vectors_keep_their_texts(tmp_path: Path, lexical: Lexical) -> None:

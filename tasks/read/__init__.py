@@ -62,7 +62,8 @@ class Reader(Protocol):
 
         Yields:
             Batches of at most a few thousand rows: CHUNKS followed by the metadata columns.
-            All chunks of a document are contiguous. No text is blank.
+            No text is blank. Rows without an id come from files: there all chunks of a
+            document are contiguous.
 
         Raises:
             SettingsError: The path or a column does not exist.

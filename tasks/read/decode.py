@@ -62,11 +62,16 @@ def _guessed(data: bytes) -> str | None:
         return None
 
     def rank(match: CharsetMatch) -> tuple[float, float, int]:
-        return match.chaos, -match.coherence, _GUESSES.index(match.encoding)
+        return match.chaos, -match.coherence, _first(match)
 
     try:
-        text = data.decode(min(found, key=rank).encoding)
+        text = data.decode(_GUESSES[_first(min(found, key=rank))])
         text.encode()
     except UnicodeError:
         return None
     return text
+
+
+def _first(match: CharsetMatch) -> int:
+    """Place in _GUESSES of the first encoding that reads the sample as `match` does."""
+    return min(map(_GUESSES.index, match.could_be_from_charset))
