@@ -50,7 +50,6 @@ WAVE = 2
 @task(
     name="embed batch",
     task_run_name="embed batch {batch.number} of {batch.of}",
-    tags=["embedding-api"],
     retries=5,
     retry_delay_seconds=exponential_backoff(backoff_factor=2),
     retry_jitter_factor=0.5,

@@ -8,7 +8,8 @@ numbers alone counts as unchanged but is brought up to date ("relined").
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -35,12 +36,17 @@ class Held:
     unread: tuple[str, ...] = ()
     narrow: str | None = None
 
+    @cached_property
+    def _below(self) -> str:
+        """`narrow` as documents are named: no "./", no slash too many."""
+        return PurePosixPath(self.narrow or ".").as_posix()
+
     def covers(self, document: str | None) -> bool:
         """Whether the rows of `document` stay."""
         if document is None:
             return False
         outside = self.narrow is not None and not (
-            document == self.narrow or document.startswith(self.narrow.rstrip("/") + "/")
+            self._below in {document, "."} or document.startswith(f"{self._below}/")
         )
         return outside or any(
             document == name or (name.endswith("/") and document.startswith(name))

@@ -10,13 +10,18 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tasks.journal import Call, RunFolder
+from tasks.embed import embed_batch
+from tasks.fill import Filled, Filling
+from tasks.index import adopt, held, vectors_of
+from tasks.journal import Call, Recovered, RunFolder, fold, recover, unfolded_answers
 from tasks.keys import hash_column, text_hash
 from tasks.limits import Limits
-from tasks.params import Index
+from tasks.params import Config, Index, Overrides
+from tasks.plan import Survey, require_safe, survey
 from tasks.providers.lexical import Lexical
+from tasks.publish import Published, publish
 from tasks.read import ReadNotes, Wanted
-from tasks.schemas import CHUNKS, TableRef, vectors_schema
+from tasks.schemas import BATCH, CHUNKS, TableRef, vectors_schema
 
 ANY = Limits(
     requests_per_minute=None,
@@ -150,3 +155,95 @@ class MemoryReader:
 @pytest.fixture(scope="session")
 def memory_reader() -> type[MemoryReader]:
     return MemoryReader
+
+
+class Died(Exception):
+    """A run that ends here leaves behind what a killed one leaves."""
+
+
+@dataclass
+class Ran:
+    """What one run did.
+
+    Attributes:
+        survey: What it knew before anything was sent.
+        published: What it committed.
+        sent: The texts it paid for, in the order they were sent.
+        recovered: Vectors that it took up from runs that had died.
+        calls: The calls of those runs.
+    """
+
+    survey: Survey
+    published: Published
+    sent: list[str]
+    recovered: Recovered
+    calls: list[Call]
+
+
+@pytest.fixture(scope="session")
+def reindex() -> Callable[..., Ran]:
+    """One run as the flow composes it, by plain calls and without Prefect.
+
+    `die_after` ends the run after so many answers, with nothing folded or cleaned up.
+    """
+    numbers = itertools.count(1)
+
+    def run(
+        config: Config,
+        overrides: Overrides | None = None,
+        *,
+        die_after: int | None = None,
+        before_second_pass: Callable[[], None] = lambda: None,
+    ) -> Ran:
+        overrides = overrides or Overrides()
+        folder, calls = RunFolder(config.state.uri, f"run-{next(numbers):04d}"), list[Call]()
+        with held(config.index, folder.run_id):
+            recovered = recover(config.state.uri, calls.extend)
+            adopt(config.index)
+            with folder.alive():
+                found = survey(config, overrides, folder.staging)
+                require_safe(found, overrides)
+                for known in vectors_of(config.index, found.looked_up.in_index):
+                    found.cache.remember([known])
+                living = unfolded_answers(config.state.uri, found.cache.space)
+                found.cache.remember(answer.table for answer in living)
+                before_second_pass()
+                filled, sent = embed_all(found, folder, die_after)
+                published = publish(
+                    rows=filled.rows,
+                    deletions=filled.deletions,
+                    updates=filled.updates,
+                    index=config.index,
+                    identity=found.identity,
+                    cache=found.cache,
+                    run_id=folder.run_id,
+                )
+                folder.forget_calls()
+        return Ran(found, published, sent, recovered, calls)
+
+    return run
+
+
+def embed_all(found: Survey, folder: RunFolder, die_after: int | None) -> tuple[Filled, list[str]]:
+    filling = Filling(
+        reader=found.reader,
+        changes=found.compared.changes,
+        deletions=found.compared.deletions,
+        packed=found.packed.table,
+        batches=found.packed.batches,
+        limits=found.provider.limits,
+        folder=folder.staging,
+    )
+    sent: list[str] = []
+    for number, batch in enumerate(filling.batches()):
+        if number == die_after:
+            raise Died
+        embed_batch(batch, found.provider, folder, 0.0, attempt=1)
+        sent += batch.table.load(BATCH).column("text").to_pylist()
+    fold(folder, found.cache)
+    return filling.finish(), sent
+
+
+@pytest.fixture(scope="session")
+def died() -> type[Died]:
+    return Died

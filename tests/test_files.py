@@ -131,7 +131,7 @@ def test_git_ignore_files_count_at_every_level(folder: Files) -> None:
             ".gitignore": "*.log\r\nbuild/\r\n",
             "a.log": "x",
             "build/a.txt": "x",
-            "sub/.gitignore": "!keep.log\nown.txt\n",
+            "sub/.gitignore": "!keep.log\n/own.txt\n",
             "sub/keep.log": "x",
             "sub/own.txt": "x",
             "sub/b.log": "x",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.params import Split
-from tasks.read.split import SECTION, Piece, Splitter, kind_of, size_of
+from tasks.read.split import SECTION, Piece, Splitter, kind_of
 
 PYTHON = '''"""A module."""
 
@@ -112,7 +112,7 @@ def test_a_chunk_is_its_lines_and_keeps_the_limit(path: str, text: str, split: S
     for piece in Splitter(split).pieces(path, text):
         assert piece.text in lines(text, piece)
         assert piece.text.count("\n") == piece.end_line - piece.start_line
-        assert size_of(piece.text) <= split.max_tokens * 4
+        assert len(piece.text.encode()) <= split.max_tokens * 4
 
 
 @settings(deadline=None, max_examples=100)
@@ -128,6 +128,7 @@ def test_chunks_are_not_blank_nor_padded(path: str, text: str) -> None:
         assert piece.text.strip()
         assert piece.text == piece.text.rstrip()
         assert piece.text.split("\n")[0].strip()
+        assert not piece.text[0].isspace() or lines(text, piece).startswith(piece.text)
 
 
 @settings(deadline=None, max_examples=100)
@@ -135,6 +136,18 @@ def test_chunks_are_not_blank_nor_padded(path: str, text: str) -> None:
 def test_without_overlap_no_text_is_doubled(path: str, text: str) -> None:
     found = "".join(piece.text for piece in pieces(path, text))
     assert "".join(found.split()) == "".join(text.split())
+
+
+@settings(deadline=None, max_examples=300)
+@given(PATHS, DOCUMENTS)
+def test_no_fragment_is_left_that_fits_its_neighbour(path: str, text: str) -> None:
+    spans: list[tuple[int, int]] = []
+    for piece in pieces(path, text):
+        start = text.index(piece.text, spans[-1][1] if spans else 0)
+        spans.append((start, start + len(piece.text)))
+    for before, after in pairwise(spans):
+        if any(len(text[slice(*span)].strip().encode()) < 8 for span in (before, after)):
+            assert len(text[before[0] : after[1]].strip().encode()) > 64
 
 
 def test_code_is_cut_between_methods() -> None:
@@ -204,10 +217,11 @@ def test_a_blank_document_has_no_chunks(text: str) -> None:
         ("one.txt", "a" * 1_000_000),
         ("one.md", "漢字かな" * 83_000),
         ("deep.py", "x = " + "(" * 60_000),
+        ("foreign.c", "if x:\n" * 16_000),
         ("chain.java", 'x = "a"' + ' + "b"' * 20_000),
     ],
 )
-def test_a_megabyte_on_one_line_takes_seconds(path: str, text: str) -> None:
+def test_no_text_takes_minutes(path: str, text: str) -> None:
     begun = time.monotonic()
     found = pieces(path, text, max_tokens=400)
     assert time.monotonic() - begun < 20

@@ -250,5 +250,5 @@ def _ignore_file(path: Path) -> list[GitIgnoreSpecPattern]:
     patterns = []
     for line in data.decode(errors="surrogateescape").removeprefix("\ufeff").split("\n"):
         with contextlib.suppress(ValueError):
-            patterns.append(GitIgnoreSpecPattern(line.removesuffix("\r")))
+            patterns.append(GitIgnoreSpecPattern(line))
     return patterns
