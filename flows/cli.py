@@ -53,10 +53,12 @@ def reindex(
 ) -> None:
     """Bring the index in step with the corpus: plan, embed, publish, report."""
     from tasks.params import Overrides, load_config  # noqa: PLC0415
+    from tasks.plan import require_runnable  # noqa: PLC0415
     from tasks.report import as_text, headline, report_rows  # noqa: PLC0415
 
     overrides = Overrides(narrow=narrow, accept_splitter=accept_splitter, settings=settings)
     loaded = load_config(config, settings)
+    require_runnable(loaded, overrides)  # a mistake is told before Prefect is started
     with _prefect_log(Path(loaded.state.uri) / "logs", "reindex") as console, _bar(console):
         from flows.reindex import run  # noqa: PLC0415
 

@@ -28,10 +28,9 @@ from tasks.index import adopt, held, vectors_of
 from tasks.journal import Recovered, RunFolder, fold, recover
 from tasks.ledger import Ledger
 from tasks.params import Config, Overrides, TableSource, load_config
-from tasks.plan import Survey, require_safe, survey
+from tasks.plan import Survey, require_runnable, require_safe, survey
 from tasks.progress import Progress, listening, tell
 from tasks.providers import Provider
-from tasks.providers.opening import require_runnable
 from tasks.publish import publish
 from tasks.read.frames import write_frame
 from tasks.report import RunReport, headline, ledger_row
@@ -89,7 +88,7 @@ def reindex(config: str, overrides: Overrides = Overrides()) -> Any:
         What the run did, a `RunReport`; also an artifact of the run.
     """
     settings = load_config(config, overrides.settings)
-    require_runnable(settings)
+    require_runnable(settings, overrides)
     folder = RunFolder(settings.state.uri, str(flow_run.id))
     ledger = Ledger(settings.state.uri)
     clock = Clock(datetime.now(tz=UTC))

@@ -216,6 +216,8 @@ def _lay_over(values: dict[str, Any], setting: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise SettingsError(f"The value in {setting!r} is not valid YAML.") from None
+    if isinstance(value, bool) and text.strip().lower() not in {"true", "false"}:
+        value = text.strip()  # YAML 1.1 takes `no` and `on` for switches, a path is none
     for key in keys[:-1]:
         inner = values.setdefault(key, {})
         if not isinstance(inner, dict):

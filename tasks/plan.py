@@ -4,6 +4,7 @@
 the staging folder only.
 """
 
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from tasks.lookup import LookedUp, lookup
 from tasks.pack import Packed, pack
 from tasks.params import Config, FilesSource, Overrides
 from tasks.providers import Provider
-from tasks.providers.opening import open_provider
+from tasks.providers.opening import open_embedder, open_provider
 from tasks.read import Reader
 from tasks.read.files import FilesReader
 from tasks.read.tables import TableReader
@@ -110,15 +111,34 @@ def open_reader(config: Config, overrides: Overrides) -> Reader:
     """The corpus, by the config.
 
     Raises:
-        SettingsError: The source cannot be narrowed as asked.
+        SettingsError: There is no source, or it cannot be narrowed as asked.
     """
     source = config.source
+    if not Path(source.path).exists():
+        raise SettingsError(f"source.path: there is nothing at {source.path}.")
     if isinstance(source, FilesSource):
         own = [Path(config.index.uri), Path(config.state.uri)]
         return FilesReader(source, skip_paths=own, narrow=overrides.narrow or None)
     if overrides.narrow:
         raise SettingsError("A narrower source path needs a source of files, not of tables.")
     return TableReader(source)
+
+
+def require_runnable(config: Config, overrides: Overrides) -> None:
+    """Refuse at once what can be seen to be wrong before the index is touched.
+
+    Raises:
+        SettingsError: Provider, source, index or state cannot be what the config says.
+    """
+    open_embedder(config)
+    open_reader(config, overrides)
+    table = open_index(config.index)
+    if table is not None:
+        require_space(table, config.index, open_provider(config).space)
+    for key, folder in (("index.uri", config.index.uri), ("state.uri", config.state.uri)):
+        existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise SettingsError(f"{key}: {folder} cannot be written; name another folder.")
 
 
 def require_safe(survey: Survey, overrides: Overrides) -> None:

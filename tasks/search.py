@@ -10,7 +10,7 @@ from tasks.errors import SettingsError
 from tasks.index import open_index, require_space
 from tasks.params import Config
 from tasks.providers import checked_vectors
-from tasks.providers.opening import open_provider, require_runnable
+from tasks.providers.opening import open_embedder
 
 SNIPPET_LINES = 4
 SNIPPET_WIDTH = 100
@@ -45,8 +45,7 @@ def search(config: Config, text: str, k: int = 5) -> list[Hit]:
     """
     if not text.strip():
         raise SettingsError("There is nothing to search for: the text is blank.")
-    require_runnable(config)
-    provider = open_provider(config)
+    provider = open_embedder(config)
     table = open_index(config.index)
     if table is None:
         raise SettingsError(

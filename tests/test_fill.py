@@ -218,10 +218,11 @@ def test_a_file_that_vanished_keeps_its_rows_until_the_next_run(fill: Fill) -> N
     assert found.sent == [["e"]]
 
 
-def test_an_id_that_stands_twice_by_now_is_written_once(fill: Fill) -> None:
-    row = ("1", "x", "a", None)
-    found = fill([row], [row, row])
-    assert [one["id"] for one in found.rows] == ["1"]
+@pytest.mark.parametrize("apart", [0, 3])
+def test_an_id_that_stands_twice_by_now_is_written_once(fill: Fill, apart: int) -> None:
+    row, between = ("1", "x", "a", None), [(str(n), "x", "b", None) for n in range(2, 2 + apart)]
+    found = fill([row, *between], [row, *between, row])
+    assert [one["id"] for one in found.rows] == ["1", *[one[0] for one in between]]
 
 
 def test_a_row_that_joined_another_document_meanwhile_is_left_to_the_next_run(fill: Fill) -> None:

@@ -193,6 +193,7 @@ def test_a_folder_is_no_config(tmp_path: Path) -> None:
     ("setting", "read"),
     [
         ("name=other", lambda config: config.name == "other"),
+        ("name=no", lambda config: config.name == "no"),
         ("limits.concurrency=2", lambda config: config.limits.concurrency == 2),
         ("limits.tier = 3", lambda config: config.limits.tier == 3),
         ("source.split.max_tokens=99", lambda config: config.source.split.max_tokens == 99),

@@ -22,14 +22,16 @@ def open_provider(config: Config) -> Provider:
     return Voyage(facts.name, dimension, limits)
 
 
-def require_runnable(config: Config) -> None:
-    """Refuse at once what can be planned but not run.
+def open_embedder(config: Config) -> Provider:
+    """The provider, for embedding.
 
     Raises:
-        SettingsError: The provider cannot embed yet.
+        SettingsError: As in `open_provider`, or it can be planned but not called yet.
     """
-    if config.embedding.provider == "voyage":
+    provider = open_provider(config)
+    if isinstance(provider, Voyage):
         raise SettingsError(
             "embedding.provider: this version plans for 'voyage' but does not call it. "
             "Use `embed-once plan` for the price, or provider 'lexical' to build an index."
         )
+    return provider
