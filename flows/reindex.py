@@ -25,7 +25,7 @@ from tasks.embed import Embedded, embed_batch, retry_when_busy
 from tasks.errors import EmbedOnceError, SettingsError
 from tasks.fill import Filled, Filling
 from tasks.index import adopt, held, vectors_of
-from tasks.journal import Recovered, RunFolder, fold, recover
+from tasks.journal import Recovered, RunFolder, fold, recover, unfolded_answers
 from tasks.ledger import Ledger
 from tasks.params import Config, Overrides, TableSource, load_config
 from tasks.plan import Survey, require_runnable, require_safe, survey
@@ -147,8 +147,7 @@ def _reindex(
     found = survey(settings, overrides, folder.staging)
     require_safe(found, overrides)
     with clock.stage("embed"):
-        for known in vectors_of(settings.index, found.looked_up.in_index):
-            found.cache.remember([known])
+        _take_up_known(found)
         filled = _embed_all(found, folder)
     tell(Progress("publishing"))
     with clock.stage("publish"):
@@ -170,6 +169,14 @@ def _reindex(
         run_id=folder.run_id,
         clock=clock,
     )
+
+
+def _take_up_known(found: Survey) -> None:
+    """Put into the cache what lookup found elsewhere: in the index, in other runs' journals."""
+    for known in vectors_of(found.config.index, found.looked_up.in_index):
+        found.cache.remember([known])
+    others = unfolded_answers(found.config.state.uri, found.cache.space)
+    found.cache.remember(answer.table for answer in others)
 
 
 def _embed_all(found: Survey, folder: RunFolder, embed: EmbedTask = embed) -> Filled:

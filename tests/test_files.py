@@ -308,6 +308,7 @@ def test_a_name_that_is_not_utf8_is_left_out(folder: Files) -> None:
         (b"\xef\xbb\xbf", "blank text"),
         (b" \n\t\r\n", "blank text"),
         (b"abc\0def", "binary file"),
+        (b"Gr\xf6\xdfe\0und Ma\xdf", "binary file"),
         (bytes(range(1, 256)) * 9, "binary file"),
         (b"\xff\xfe\x00\xd8\x00\xd8", "binary file"),
         (b"\xff\xfea\0\0\0", "binary file"),

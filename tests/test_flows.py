@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,8 @@ from tasks.errors import (
 )
 from tasks.history import history
 from tasks.index import generations, held, open_index
-from tasks.journal import RunFolder, fold
+from tasks.journal import Call, RunFolder, fold
+from tasks.keys import hash_column, text_hash
 from tasks.ledger import Ledger
 from tasks.limits import Limits
 from tasks.params import Config, Overrides, load_config
@@ -445,3 +447,39 @@ def test_folding_twice_is_folding_once(home: Path) -> None:
     cache = Cache(str(home / "state"), Lexical(64, TWO_TEXTS).space)
     folder = RunFolder(str(home / "state"), "none")
     assert (fold(folder, cache), len(cache)) == (0, 4)
+
+
+def test_what_another_living_run_has_paid_for_is_not_paid_for_again(home: Path) -> None:
+    provider = Lexical(64, TWO_TEXTS)
+    other = RunFolder(str(home / "state"), "other")
+    with other.alive():
+        texts = ["alpha apples arrive"]
+        call = Call("other", 1, 1, "ok", "2026-01-01T00:00:00", 0.1, 1, 5, 5, 0.0, "")
+        hashes = hash_column([text_hash(text) for text in texts])
+        other.write_answer(hashes, provider.embed(texts).vectors, provider.space, call)
+        report = reindexed(home)
+    assert (report.texts.from_cache, report.texts.embedded) == (1, 3)
+    assert texts_in_index(home) == TEXTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Crowded(Scripted):
+    """Counts how many calls it has in flight."""
+
+    def embed(self, texts: Sequence[str]) -> Answer:
+        mark = self.folder / f"in-flight-{threading.get_ident()}"
+        mark.touch()
+        with (self.folder / "most").open("a") as file:
+            file.write(f"{len(list(self.folder.glob('in-flight-*')))}\n")
+        time.sleep(0.05)
+        mark.unlink()
+        return Lexical(64, self.limits).embed(texts)
+
+
+def test_no_more_calls_are_in_flight_than_the_limit_says(home: Path) -> None:
+    write(home, **{f"n{n}.txt": f"wolf{n} fox{n} bear{n}" for n in range(20)})
+    provider = Crowded(home / "script")
+    provider.folder.mkdir()
+    embedded_with(home, provider, RunFolder(str(home / "state"), "run-1"))
+    seen = [int(line) for line in (provider.folder / "most").read_text().splitlines()]
+    assert (len(seen), max(seen)) == (12, 2)

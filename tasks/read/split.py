@@ -174,7 +174,7 @@ class Splitter:
         """Join fragments, say a lone `class A:`, to the next cut, else to the one before."""
         done: list[_Cut] = []
         for cut in cuts:
-            if done and self._belong_together(text, done[-1], cut):
+            if done and self._is_fragment(text, done[-1]):
                 joined = self._join(text, done[-1], cut)
                 if joined:
                     done[-1] = joined
@@ -183,11 +183,6 @@ class Splitter:
             done.append(cut)
         self._fold_back(text, done)
         return done
-
-    def _belong_together(self, text: str, last: _Cut, cut: _Cut) -> bool:
-        """Whether `last` is a fragment, or `cut` is one that only closes, say a lone `}`."""
-        closes = not any(map(str.isalnum, text[cut.fresh : cut.end]))
-        return self._is_fragment(text, last) or (closes and self._is_fragment(text, cut))
 
     def _fold_back(self, text: str, done: list[_Cut]) -> None:
         """Join the last cut, if it is still a fragment, to the one before."""
