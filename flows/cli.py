@@ -83,6 +83,9 @@ def plan(
     ] = None,
 ) -> None:
     """Say what a reindex would do and cost. Needs no key, leaves no trace."""
+    from tasks.quick import import_lancedb  # noqa: PLC0415
+
+    import_lancedb()
     from tasks.params import Overrides, load_config  # noqa: PLC0415
     from tasks.plan import make_plan, plan_rows  # noqa: PLC0415
     from tasks.report import as_text  # noqa: PLC0415

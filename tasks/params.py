@@ -46,13 +46,17 @@ class Split(Settings):
     """How a document is cut into chunks."""
 
     max_tokens: int = Field(default=400, ge=16, le=32_000, description="Longest chunk.")
-    overlap_tokens: int = Field(default=40, ge=0, description="What a chunk repeats of the last.")
+    overlap_tokens: int = Field(
+        default_factory=lambda values: values.get("max_tokens", 400) // 10,
+        ge=0,
+        description="What a chunk repeats of the last; a tenth of max_tokens if not given.",
+    )
 
     @model_validator(mode="after")
     def _overlap_is_smaller(self) -> "Split":
-        if self.overlap_tokens >= self.max_tokens:
+        if self.overlap_tokens > self.max_tokens // 2:
             raise ValueError(
-                f"overlap_tokens ({self.overlap_tokens}) must be smaller than "
+                f"overlap_tokens ({self.overlap_tokens}) must be at most half of "
                 f"max_tokens ({self.max_tokens})"
             )
         return self

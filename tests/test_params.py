@@ -153,11 +153,11 @@ def test_all_that_is_wrong_is_said_at_once(load: Load) -> None:
     ]
 
 
-def test_an_overlap_must_be_smaller_than_the_chunk(load: Load) -> None:
-    split = {"max_tokens": 100, "overlap_tokens": 100}
+def test_an_overlap_must_be_at_most_half_of_the_chunk(load: Load) -> None:
+    split = {"max_tokens": 100, "overlap_tokens": 51}
     said = refusal(load, source={**FILES["source"], "split": split})
-    assert "overlap_tokens (100) must be smaller than max_tokens (100)" in said
-    load(source={**FILES["source"], "split": {"max_tokens": 100, "overlap_tokens": 99}})
+    assert "overlap_tokens (51) must be at most half of max_tokens (100)" in said
+    load(source={**FILES["source"], "split": {"max_tokens": 100, "overlap_tokens": 50}})
 
 
 @pytest.mark.parametrize(

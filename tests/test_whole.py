@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tasks.errors import SettingsError
+from tasks.errors import CorpusError, SettingsError
 from tasks.index import generations, open_index
 from tasks.journal import RunFolder
 from tasks.params import Config, Overrides
@@ -351,6 +351,20 @@ def test_a_corpus_that_shrank_too_far_touches_nothing(world: Callable[..., World
         here.run(careful)
     assert rows_of(here.config()) == before
     assert versions(config) == 1
+
+
+def test_an_id_that_stands_twice_is_named_before_anything_is_sent(
+    world: Callable[..., World],
+) -> None:
+    here = world("table")
+    here.write([{"id": "1", "text": PARAGRAPHS[0]}])
+    here.follow()
+    before = rows_of(here.config())
+    twice = [{"id": id_, "text": text} for id_, text in zip("7878", PARAGRAPHS[:4], strict=True)]
+    here.write([*twice, {"id": "9", "text": PARAGRAPHS[4]}])
+    with pytest.raises(CorpusError, match="2 ids stand more than once in the corpus: '7', '8'"):
+        here.run(here.config())
+    assert rows_of(here.config()) == before
 
 
 def test_new_columns_of_a_table_reach_every_row_and_cost_nothing(
