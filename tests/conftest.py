@@ -247,3 +247,13 @@ def embed_all(found: Survey, folder: RunFolder, die_after: int | None) -> tuple[
 @pytest.fixture(scope="session")
 def died() -> type[Died]:
     return Died
+
+
+@pytest.fixture(scope="session")
+def prefect_api() -> Iterator[str]:
+    """The address of a Prefect server with an empty database, shared by all tests of a session."""
+    from prefect.settings import PREFECT_API_URL  # noqa: PLC0415 - most tests need no Prefect
+    from prefect.testing.utilities import prefect_test_harness  # noqa: PLC0415
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield str(PREFECT_API_URL.value())

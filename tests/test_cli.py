@@ -3,11 +3,16 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tasks.index import held
+from tasks.params import load_config
 
 CONFIG = """\
 name: birds
@@ -25,8 +30,11 @@ BIRDS = {
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(
+    tmp_path_factory: pytest.TempPathFactory, prefect_api: str, patched: pytest.MonkeyPatch
+) -> Path:
     """A corpus that was indexed once by the command, with its report."""
+    patched.setenv("PREFECT_API_URL", prefect_api)
     folder = tmp_path_factory.mktemp("birds")
     (folder / "corpus").mkdir()
     for name, text in BIRDS.items():
@@ -37,6 +45,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "first.txt").write_text(first.stdout, encoding="utf-8")
     (folder / "first.err").write_text(first.stderr, encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def patched() -> Iterator[pytest.MonkeyPatch]:
+    """Changes to the environment that last as long as this file's tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
 
 
 def embed_once(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -145,7 +160,7 @@ def test_plan_prices_a_voyage_model_without_a_key(home: Path) -> None:
         (["reindex", "birds.yaml", "--set", "embedding.provider=acme"], 2, "embedding.provider"),
         (["plan", "birds.yaml", "--set", "embedding.dimension=7"], 2, "embedding.dimension"),
         (["plan", "birds.yaml", "--set", "embedding.dimension=256"], 2, "of another space|holds"),
-        (["reindex", "birds.yaml", "--set", "embedding.provider=voyage"], 2, "embed-once plan"),
+        (["reindex", "birds.yaml", "--set", "embedding.provider=voyage"], 2, "embedding.model"),
         (["reindex", "birds.yaml", "--narrow", "nothing"], 2, "there is no 'nothing'"),
         (["reindex", "birds.yaml", "--set", "state.uri=birds.yaml/x"], 2, "state.uri"),
         (["search", "birds.yaml", "x", "--set", "index.table=empty"], 2, "no index 'empty'"),
@@ -162,3 +177,33 @@ def test_a_users_mistake_is_said_in_words_and_touches_nothing(
     assert re.search(message, done.stderr)
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_an_index_held_by_another_run_is_exit_code_6(home: Path) -> None:
+    with held(load_config(home / "birds.yaml").index, "the-other-run"):
+        done = embed_once("reindex", "birds.yaml", cwd=home)
+    assert done.returncode == 6
+    assert "the-other-run" in done.stderr
+
+
+def test_a_document_that_cannot_be_read_is_exit_code_3(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home, tmp_path / "birds")
+    document = tmp_path / "birds" / "corpus" / "owl.md"
+    document.unlink()
+    document.symlink_to(document)  # a link to itself cannot be read, by root neither
+    done = embed_once("reindex", "birds.yaml", cwd=tmp_path / "birds")
+    assert done.returncode == 3, done.stderr
+    assert re.search(r"skipped: unreadable +1", done.stdout)
+    found = embed_once("search", "birds.yaml", "owls hunt mice", cwd=tmp_path / "birds")
+    assert found.stdout.startswith("1. owl.md:1-3")
+
+
+def test_without_a_server_one_is_started_and_nothing_of_it_is_heard(
+    home: Path, tmp_path: Path, patched: pytest.MonkeyPatch
+) -> None:
+    patched.delenv("PREFECT_API_URL")
+    patched.setenv("PREFECT_HOME", str(tmp_path))
+    done = embed_once("reindex", "birds.yaml", cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("birds: nothing changed, nothing embedded, no new version.")
+    assert done.stderr == ""

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import pandas as pd
 import pytest
 from prefect import flow
 from prefect.settings import PREFECT_API_URL
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.plan import plan
 from flows.reindex import _embed_all, embed, reindex, run, run_frame
@@ -44,6 +43,8 @@ from tasks.plan import survey
 from tasks.providers import Answer, Space
 from tasks.providers.lexical import Lexical
 
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
 CONFIG = """\
 name: Field notes
 source: {kind: files, path: ./corpus}
@@ -60,13 +61,6 @@ TEXTS = {
     "delta.txt": "delta deer doze",
     "copy.txt": "alpha apples arrive",
 }
-
-
-@pytest.fixture(scope="session", autouse=True)
-def prefect() -> Iterator[None]:
-    """One Prefect server with an empty database for all tests of this file."""
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 @pytest.fixture
