@@ -123,7 +123,9 @@ def compare(
     if kind == "files":
         _pair(corpus, index, joined=np.flatnonzero(new), gone=gone, change=change, fate=fate)
 
-    return _result(corpus, index, change, gone, fate, held=int(stays.sum()), folder=folder)
+    return _result(
+        corpus, index, change, new=new, gone=gone, fate=fate, held=int(stays.sum()), folder=folder
+    )
 
 
 def tally(changes: pa.Table, deletions: pa.Table) -> Counter[str]:
@@ -186,9 +188,10 @@ def _result(
     corpus: pa.Table,
     index: pa.Table,
     change: npt.NDArray[np.object_],
+    *,
+    new: Flags,
     gone: npt.NDArray[np.int64],
     fate: npt.NDArray[np.object_],
-    *,
     held: int,
     folder: Path,
 ) -> Compared:
@@ -196,8 +199,7 @@ def _result(
     quiet = ~differs | (change == "relined")
     changes = corpus.filter(pa.array(differs)).select(CHANGES.names[:-2])
     changes = changes.append_column("change", pa.array(change[differs], pa.utf8()))
-    in_index = KeySet(index.column("key")).holds(changes.column("key"))
-    changes = changes.append_column("in_index", pa.array(in_index)).cast(CHANGES)
+    changes = changes.append_column("in_index", pa.array(~new[differs])).cast(CHANGES)
     rows = index.take(pa.array(gone)).select(DELETIONS.names[:-1])
     deletions = rows.append_column("change", pa.array(fate, pa.utf8())).cast(DELETIONS)
     unique = len(first_of_each(corpus.column("text_hash")))

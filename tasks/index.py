@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from lancedb.table import Table
 
 from tasks.cache import SPACE
-from tasks.errors import IndexConflict, IndexHeld
+from tasks.errors import EmbedOnceError, IndexConflict, IndexHeld
 from tasks.keys import KeySet, key_columns
 from tasks.lance import PRIMARY_KEY, read_batches
 from tasks.params import Index
@@ -141,11 +141,37 @@ def tag_generation(table: Table) -> Generation:
     return Generation(number, version, datetime.now(tz=UTC))
 
 
+@contextmanager
+def committing(index: Index, version: int) -> Iterator[None]:
+    """Write down that a commit is about to follow `version`, until it is tagged.
+
+    Versions that others make, say by compaction, are no generations; by this note `adopt`
+    tells a commit of ours whose run died before it could tag it.
+    """
+    note = _note(index)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(str(version), encoding="utf-8")
+    try:
+        yield
+    except EmbedOnceError:  # the commit was undone
+        note.unlink()
+        raise
+    note.unlink()
+
+
 def adopt(index: Index) -> None:
     """Tag what a run committed that died before it could say so."""
-    table = open_index(index)
-    if table is not None:
+    table, note = open_index(index), _note(index)
+    if not note.exists():
+        return
+    noted = note.read_text(encoding="utf-8")
+    if table is not None and noted.isdigit() and table.version > int(noted):
         tag_generation(table)
+    note.unlink()
+
+
+def _note(index: Index) -> Path:
+    return Path(index.uri) / f"{index.table}.committing"
 
 
 def vectors_of(index: Index, hashes: pa.Array) -> Iterator[pa.Table]:

@@ -2,7 +2,7 @@
 
 Each run has a folder under `state.uri`:
 
-    runs/<run id>/alive          locked as long as the run lives
+    runs/<run id>.alive          locked as long as the run lives
     runs/<run id>/answers/*.arrow    one file an answer: vectors, and the call in its metadata
     runs/<run id>/calls.jsonl    one line a provider call, whatever became of it
     runs/<run id>/staging/       tables between the stages
@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ from tasks.providers import Space, Vectors
 from tasks.schemas import require, vectors_schema
 
 CALL = b"embed_once.call"
+CHECKSUM = b"embed_once.checksum"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class RunFolder:
         return Path(self.state_uri) / "runs" / self.run_id
 
     @property
+    def lock(self) -> Path:
+        """Locked as long as the run lives; beside the folder, so that it can be taken first."""
+        return self.path.with_name(f"{self.run_id}.alive")
+
+    @property
     def staging(self) -> Path:
         """Where tables between the stages lie."""
         return self.path / "staging"
@@ -89,14 +96,16 @@ class RunFolder:
 
         The folder stays if it still holds answers or calls: the next run takes them up.
         """
-        self.staging.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path / "alive"):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.lock):  # before there is a folder that another run could take up
+            self.staging.mkdir(parents=True, exist_ok=True)
             try:
                 yield
             finally:
                 shutil.rmtree(self.staging, ignore_errors=True)
                 if not self.answers and not (self.path / "calls.jsonl").exists():
                     shutil.rmtree(self.path, ignore_errors=True)
+                    self.lock.unlink(missing_ok=True)
 
     def write_answer(self, hashes: pa.Array, vectors: Vectors, space: Space, call: Call) -> Path:
         """Make an answer durable; it survives a kill from the moment this returns.
@@ -107,16 +116,20 @@ class RunFolder:
             space: Where the vectors live.
             call: The call that brought them.
         """
-        schema = vectors_schema(space.dimension).with_metadata(
-            {SPACE: space.to_json().encode(), CALL: json.dumps(asdict(call)).encode()}
-        )
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), space.dimension)
+        answer = pa.record_batch([hashes, column], schema=vectors_schema(space.dimension))
+        metadata = {
+            SPACE: space.to_json().encode(),
+            CALL: json.dumps(asdict(call)).encode(),
+            CHECKSUM: _checksum(answer),
+        }
+        answer = answer.replace_schema_metadata(metadata)
         target = self.path / "answers" / f"{call.batch:08d}.arrow"
         target.parent.mkdir(exist_ok=True)
         temporary = target.with_suffix(".tmp")
         with temporary.open("wb") as file:
-            with pa.ipc.new_file(file, schema) as writer:
-                writer.write_batch(pa.record_batch([hashes, column], schema=schema))
+            with pa.ipc.new_file(file, answer.schema) as writer:
+                writer.write_batch(answer)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(target)
@@ -170,6 +183,8 @@ def read_answer(path: Path) -> StoredAnswer | None:
         call = Call(**json.loads(metadata[CALL]))
         table = table.replace_schema_metadata(None)
         require(table.schema, vectors_schema(space.dimension), str(path))
+        if metadata[CHECKSUM] != _checksum(*table.to_batches()):
+            return None
     except (OSError, pa.ArrowInvalid, KeyError, ValueError, TypeError):
         return None
     return StoredAnswer(table, space, call)
@@ -211,10 +226,11 @@ def recover(state_uri: str, record: Callable[[list[Call]], None]) -> Recovered:
         record: Takes the calls of a dead run into the ledger.
     """
     recovered = Recovered()
-    for path in sorted((Path(state_uri) / "runs").glob("*")):
+    for path in sorted((Path(state_uri) / "runs").glob("*/")):
+        folder = RunFolder(state_uri, path.name)
         try:
-            with FileLock(path / "alive", timeout=0):
-                found = _recover_one(RunFolder(state_uri, path.name), record)
+            with FileLock(folder.lock, timeout=0):
+                found = _recover_one(folder, record)
         except Timeout:
             continue
         recovered = Recovered(
@@ -236,6 +252,7 @@ def _recover_one(folder: RunFolder, record: Callable[[list[Call]], None]) -> Rec
     if calls:
         record(calls)
     shutil.rmtree(folder.path, ignore_errors=True)
+    folder.lock.unlink(missing_ok=True)
     return Recovered(vectors, tuple(set_aside))
 
 
@@ -251,6 +268,15 @@ def unfolded_hashes(state_uri: str, space: Space) -> list[pa.Array]:
     """text_hash columns of answers that no run has folded yet; for a plan, which writes nothing."""
     answers = unfolded_answers(state_uri, space)
     return [answer.table.column("text_hash").combine_chunks() for answer in answers]
+
+
+def _checksum(*batches: pa.RecordBatch) -> bytes:
+    """Digest of text hashes and numbers; Arrow itself does not notice a flipped bit."""
+    state = blake2b(digest_size=16)
+    for batch in batches:
+        state.update(b"".join(batch.column("text_hash").to_pylist()))
+        state.update(batch.column("vector").flatten().to_numpy())
+    return state.hexdigest().encode()
 
 
 def _set_aside(folder: RunFolder, file: Path) -> Path:

@@ -47,6 +47,12 @@ def hash_column(digests: Sequence[bytes]) -> pa.Array:
     return pa.array(digests, HASH)
 
 
+def digest_column(texts: pa.Array) -> pa.Array:
+    """The digest of each of `texts`, none of them null."""
+    # As bytes they are hashed as they lie; as text each would be decoded and encoded first.
+    return hash_column([digest(text) for text in texts.cast(pa.binary()).to_pylist()])
+
+
 def identified(
     batches: Iterable[pa.RecordBatch], metadata: list[pa.Field]
 ) -> Iterator[pa.RecordBatch]:
@@ -60,22 +66,13 @@ def identified(
         Batches of `rows_schema(metadata)`, row for row those of `batches`.
     """
     schema = rows_schema(metadata)
-    occurrences: Counter[bytes] = Counter()
-    current: str | None = None
+    ids_of_files = _IdsOfFiles()
     for batch in batches:
-        hashes = [text_hash(text) for text in batch.column("text").to_pylist()]
-        ids = batch.column("id").to_pylist()
-        for row, document in enumerate(batch.column("document").to_pylist()):
-            if ids[row] is not None:
-                continue
-            if document != current:
-                occurrences.clear()
-                current = document
-            ids[row] = chunk_id(document, hashes[row], occurrences[hashes[row]])
-            occurrences[hashes[row]] += 1
+        hashes = digest_column(batch.column("text"))
+        ids = batch.column("id")
         own = {
-            "id": pa.array(ids, pa.utf8()),
-            "text_hash": hash_column(hashes),
+            "id": ids_of_files.filled_in(batch, hashes) if ids.null_count else ids,
+            "text_hash": hashes,
             **{name: batch.column(name) for name in ("document", "text", "start_line", "end_line")},
         }
         columns = [
@@ -85,6 +82,30 @@ def identified(
         yield pa.record_batch(columns, schema=schema)
 
 
+class _IdsOfFiles:
+    """Gives ids to the chunks of files; knows what stood in the current document before."""
+
+    def __init__(self) -> None:
+        self._document: str | None = None
+        self._occurrences: Counter[bytes] = Counter()
+
+    def filled_in(self, batch: pa.RecordBatch, hashes: pa.Array) -> pa.Array:
+        """The ids of `batch`, made up where there is none."""
+        ids = batch.column("id").to_pylist()
+        documents = batch.column("document").to_pylist()
+        for row, (document, text_digest) in enumerate(
+            zip(documents, hashes.to_pylist(), strict=True)
+        ):
+            if ids[row] is not None:
+                continue
+            if document != self._document:
+                self._occurrences.clear()
+                self._document = document
+            ids[row] = chunk_id(document, text_digest, self._occurrences[text_digest])
+            self._occurrences[text_digest] += 1
+        return pa.array(ids, pa.utf8())
+
+
 def key_columns(rows: pa.RecordBatch) -> dict[str, pa.Array]:
     """The columns `key`, `document_key` and `row_hash` for rows with id, document, metadata."""
     names = rows.column("document").dictionary_encode()
@@ -92,7 +113,7 @@ def key_columns(rows: pa.RecordBatch) -> dict[str, pa.Array]:
     documents = pc.fill_null(by_name.take(names.indices), pa.scalar(NO_DOCUMENT, HASH))
     metadata = [rows.column(field.name) for field in metadata_fields(rows.schema)]
     return {
-        "key": hash_column([digest(id_.encode()) for id_ in rows.column("id").to_pylist()]),
+        "key": digest_column(rows.column("id")),
         "document_key": documents,
         "row_hash": _row_hashes([documents, *metadata]) if metadata else documents,
     }
@@ -101,12 +122,12 @@ def key_columns(rows: pa.RecordBatch) -> dict[str, pa.Array]:
 class KeySet:
     """Finds 16-byte keys among many, without a Python object for each.
 
-    Held sorted as pairs of uint64, which is 24 bytes a key with its position.
+    Held as pairs of uint64 sorted by the first, which is 24 bytes a key with its position.
     """
 
     def __init__(self, keys: pa.Array | pa.ChunkedArray) -> None:
         high, low = _halves(keys)
-        self._position = np.lexsort((low, high))
+        self._position = np.argsort(high, kind="stable")
         self._high, self._low = high[self._position], low[self._position]
 
     def __len__(self) -> int:
@@ -138,7 +159,7 @@ class KeySet:
 def first_of_each(keys: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.int64]:
     """Positions at which a key stands for the first time, ascending."""
     high, low = _halves(keys)
-    order = np.lexsort((np.arange(len(high)), low, high))
+    order = np.lexsort((low, high))  # stable: equal keys stay in their order
     new = np.ones(len(order), dtype=bool)
     new[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
     return np.sort(order[new])

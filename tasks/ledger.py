@@ -41,12 +41,13 @@ class Ledger:
 
     def record_run(self, row: dict[str, object]) -> None:
         """Append a row of RUNS."""
-        self._append("ledger", RUNS, [row])
+        self._append("ledger", RUNS, ["run_id"], [row])
 
     def record_calls(self, calls: Sequence[Call]) -> None:
-        """Append provider calls."""
+        """Append provider calls; one that is there already is not counted twice."""
         if calls:
-            self._append("calls", CALLS, [asdict(call) for call in calls])
+            key = ["run_id", "batch", "attempt"]
+            self._append("calls", CALLS, key, [asdict(call) for call in calls])
 
     def runs(self) -> "pd.DataFrame":
         """All runs as a frame, oldest first; fields of the report as columns `chunks.added`."""
@@ -69,10 +70,13 @@ class Ledger:
             return None
         return lancedb.connect(self._uri).open_table(name)
 
-    def _append(self, name: str, schema: pa.Schema, rows: list[dict[str, object]]) -> None:
+    def _append(
+        self, name: str, schema: pa.Schema, key: list[str], rows: list[dict[str, object]]
+    ) -> None:
         connection = lancedb.connect(self._uri)
         table = connection.create_table(name, schema=schema, exist_ok=True)
-        table.add(pa.Table.from_pylist(rows, schema=schema))
+        merge = table.merge_insert(key).when_not_matched_insert_all()
+        merge.execute(pa.Table.from_pylist(rows, schema=schema))
 
 
 def _parsed(report: str) -> dict[str, object]:

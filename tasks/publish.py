@@ -14,7 +14,7 @@ from lancedb.table import Table
 
 from tasks.cache import Cache
 from tasks.errors import CorpusError, EmbedOnceError
-from tasks.index import Identity, open_index, tag_generation
+from tasks.index import Identity, committing, generations, open_index, tag_generation
 from tasks.keys import KeySet, digest, first_of_each, hash_column
 from tasks.lance import quoted, read_batches
 from tasks.params import Index
@@ -86,26 +86,36 @@ def publish(
     table = open_index(index)
     gone = deletions.load(DELETIONS).column("id")
     way = _way(table, schema, rows.rows, updates, len(gone))
+    if way == "none":
+        return _nothing_new(table)
     new = pa.RecordBatchReader.from_batches(
         schema, _with_vectors(rows, metadata, schema, cache, run_id)
     )
-    if table is None:
-        if way == "none":
-            return Published(way, 0, 0, 0)
-        table = lancedb.connect(index.uri).create_table(index.table, data=new, schema=schema)
-        expected = rows.rows
-    else:
-        expected = table.count_rows() + rows.rows - updates - len(gone)
-        before = table.version
-        if way == "add":
-            table.add(new)
-        elif way == "merge":
-            _merge(table, new, gone.to_pylist())
-        elif way == "overwrite":
-            table = _overwrite(table, index, schema=schema, new=new, rows=rows, deletions=deletions)
-        _require_rows(table, before, expected)
-    newest = tag_generation(table)
+    with committing(index, 0 if table is None else table.version):
+        if table is None:
+            expected = rows.rows
+            table = lancedb.connect(index.uri).create_table(index.table, data=new, schema=schema)
+        else:
+            expected = table.count_rows() + rows.rows - updates - len(gone)
+            before = table.version
+            if way == "add":
+                table.add(new)
+            elif way == "merge":
+                _merge(table, new, gone.to_pylist())
+            else:
+                table = _overwrite(
+                    table, index, schema=schema, new=new, rows=rows, deletions=deletions
+                )
+            _require_rows(table, before, expected)
+        newest = tag_generation(table)
     return Published(way, newest.number, newest.version, expected)
+
+
+def _nothing_new(table: Table | None) -> Published:
+    known = generations(table) if table is not None else []
+    if table is None or not known:
+        return Published("none", 0, 0, 0 if table is None else table.count_rows())
+    return Published("none", known[-1].number, known[-1].version, table.count_rows())
 
 
 def _way(table: Table | None, schema: pa.Schema, rows: int, updates: int, deletions: int) -> Way:

@@ -18,6 +18,7 @@ from tasks.errors import IndexConflict, IndexHeld
 from tasks.index import (
     Identity,
     adopt,
+    committing,
     generations,
     held,
     identity_of,
@@ -227,12 +228,35 @@ def test_tags_of_other_people_are_no_generations(add: Add) -> None:
 
 
 def test_what_a_dead_run_committed_is_adopted(index: Index, add: Add) -> None:
-    tag_generation(add("alpha"))
-    table = add("beta")
+    tag_generation(table := add("alpha"))
+
+    def commit_and_die() -> None:
+        with committing(index, table.version):
+            add("beta")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        commit_and_die()
+    table = add()
     adopt(index)
     assert [one.number for one in generations(table)] == [1, 2]
     adopt(index)
     assert len(generations(table)) == 2
+
+
+def test_a_run_that_died_before_its_commit_leaves_no_generation(index: Index, add: Add) -> None:
+    tag_generation(table := add("alpha"))
+    with pytest.raises(KeyboardInterrupt), committing(index, table.version):
+        raise KeyboardInterrupt
+    adopt(index)
+    assert [one.number for one in generations(table)] == [1]
+
+
+def test_a_version_that_somebody_else_made_is_no_generation(index: Index, add: Add) -> None:
+    tag_generation(add("alpha"))
+    table = add("beta")
+    adopt(index)
+    assert [one.number for one in generations(table)] == [1]
 
 
 def test_a_reader_pinned_to_a_generation_still_reads_it(index: Index, add: Add) -> None:

@@ -531,6 +531,18 @@ def test_answers_of_a_living_run_can_be_remembered_while_it_keeps_them(
     assert vectors_in(cache, *WORDS) == expected(lexical, *WORDS)
 
 
+def test_an_answer_with_a_flipped_bit_is_never_trusted(
+    tmp_path: Path, write: Write, run_folder: Folder
+) -> None:
+    answer = write(run_folder(tmp_path), *WORDS)
+    assert read_answer(answer) is not None
+    whole = bytearray(answer.read_bytes())
+    middle = whole.index(hash_column([text_hash(WORDS[0])]).buffers()[1].to_pybytes()[:16])
+    whole[middle + 2000] ^= 1
+    answer.write_bytes(whole)
+    assert read_answer(answer) is None
+
+
 def test_many_vectors_keep_their_texts(tmp_path: Path, lexical: Lexical) -> None:
     texts = [f"word{number} other{number * 7}" for number in range(3000)]
     vectors = lexical.embed(texts).vectors

@@ -234,7 +234,7 @@ def test_answers_of_a_run_that_still_lives_are_used_and_left_to_it(
     here.write({"a.md": PARAGRAPHS[:6]})
     with pytest.raises(died):
         here.run(here.config("one"), die_after=1)
-    (folder,) = (here.folder / "state" / "runs").iterdir()
+    (folder,) = (here.folder / "state" / "runs").glob("*/")
     living = RunFolder(str(here.folder / "state"), folder.name)
     with living.alive():
         assert here.run(here.config("two")).sent == PARAGRAPHS[3:6]
