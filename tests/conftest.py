@@ -1,6 +1,8 @@
 """What several tests share: fresh folders, tables by reference, a corpus in memory, a whole run."""
 
 import itertools
+import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -247,6 +249,20 @@ def embed_all(found: Survey, folder: RunFolder, die_after: int | None) -> tuple[
 @pytest.fixture(scope="session")
 def died() -> type[Died]:
     return Died
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project's committed files, with nothing installed or built."""
+    original = Path(__file__).parents[1]
+    folder = tmp_path_factory.mktemp("project")
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=original, check=True, capture_output=True, text=True
+    )
+    for name in listed.stdout.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(original / name, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="session")

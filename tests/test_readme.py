@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -24,19 +23,6 @@ SERVES = ("server start", "worker start")
 def blocks(language: str) -> list[str]:
     """The fenced blocks of the README in `language`."""
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project's committed files, with nothing installed."""
-    folder = tmp_path_factory.mktemp("readme")
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=PROJECT, check=True, capture_output=True, text=True
-    )
-    for name in listed.stdout.splitlines():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(PROJECT / name, folder / name)
-    return folder
 
 
 @pytest.fixture(scope="module")
