@@ -33,7 +33,7 @@ def key(kind: str, name: str) -> str:
 def publish_plan(plan: Plan) -> None:
     """The plan, as Markdown."""
     create_markdown_artifact(
-        as_markdown(f"Plan for {plan.name}", plan_rows(plan)),
+        as_markdown(f"Plan for {plan.name}", plan.would_refuse, plan_rows(plan)),
         key=key("plan", plan.name),
         description="What a reindex would do and cost.",
     )
@@ -42,7 +42,7 @@ def publish_plan(plan: Plan) -> None:
 def publish_report(report: RunReport, calls: Sequence[Call]) -> None:
     """The report as Markdown, the batches as a table, and the event of the run."""
     create_markdown_artifact(
-        as_markdown(headline(report), report_rows(report)),
+        as_markdown(report.name, headline(report), report_rows(report)),
         key=key("report", report.name),
         description="What the run did and what it cost.",
     )

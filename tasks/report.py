@@ -230,10 +230,10 @@ def as_text(rows: Sequence[Row]) -> str:
     return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
 
 
-def as_markdown(title: str, rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table under a title."""
+def as_markdown(title: str, sentence: str, rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table under a title and a sentence."""
     lines = [f"| {label} | {_cell(value)} |" for label, value in rows]
-    return "\n".join([f"# {title}", "", "| | |", "|---|---|", *lines])
+    return "\n".join([f"## {title}", "", sentence, "", "| | |", "|---|---|", *lines])
 
 
 def headline(report: RunReport) -> str:
