@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -12,11 +13,12 @@ from typing import Annotated
 
 import typer
 
-from tasks.errors import EmbedOnceError
+from tasks.errors import EmbedOnceError, SettingsError
 
 INCOMPLETE = 3
 CANCELLED = 130
 LOGS_KEPT = 20
+UNFORESEEN = "Something unforeseen happened"
 
 app = typer.Typer(
     name="embed-once",
@@ -56,6 +58,7 @@ def reindex(
     from tasks.plan import require_runnable  # noqa: PLC0415
     from tasks.report import as_text, headline, report_rows  # noqa: PLC0415
 
+    _require_file(report)
     overrides = Overrides(narrow=narrow, accept_splitter=accept_splitter, settings=settings)
     loaded = load_config(config, settings)
     require_runnable(loaded, overrides)  # a mistake is told before Prefect is started
@@ -63,12 +66,11 @@ def reindex(
         from flows.reindex import run  # noqa: PLC0415
 
         done = run(config, overrides)
-    if report is not None:
-        _write(report, done.model_dump_json(indent=2))
     print(headline(done))
     print(as_text(report_rows(done)))
+    _write(report, done.model_dump_json(indent=2))
     if done.state == "incomplete":
-        print("Some documents could not be read; see `skipped` above.", file=sys.stderr)
+        print("Something could not be read; see `skipped` above.", file=sys.stderr)
         raise typer.Exit(INCOMPLETE)
 
 
@@ -90,14 +92,15 @@ def plan(
     from tasks.plan import make_plan, plan_rows  # noqa: PLC0415
     from tasks.report import as_text  # noqa: PLC0415
 
+    _require_file(json)
     overrides = Overrides(narrow=narrow, accept_splitter=accept_splitter, settings=settings)
     planned = make_plan(load_config(config, settings), overrides)
-    if json is not None:
-        _write(json, planned.model_dump_json(indent=2))
     print(f"Plan for {planned.name}")
     print(as_text(plan_rows(planned)))
+    _write(json, planned.model_dump_json(indent=2))
     if planned.would_refuse:
         print(f"A reindex would refuse: {planned.would_refuse}", file=sys.stderr)
+        raise typer.Exit(SettingsError.exit_code)
 
 
 @app.command()
@@ -136,8 +139,6 @@ def history(config: ConfigPath, settings: SetOption = []) -> None:  # noqa: B006
 @app.command()
 def smoke() -> None:
     """Prove add, change, move, delete and a free rerun on a small built-in corpus."""
-    import tempfile  # noqa: PLC0415
-
     logs = Path(tempfile.gettempdir()) / "embed-once-logs"
     with _prefect_log(logs, "smoke") as console, _bar(console):
         from flows.smoke import smoke as flow  # noqa: PLC0415
@@ -156,11 +157,30 @@ def main() -> None:
     except EmbedOnceError as error:
         print(f"embed-once: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: nothing ends unexplained
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="embed-once-", suffix=".log", delete=False
+        ) as log:
+            traceback.print_exc(file=log)
+        problem = f"{type(error).__name__}: {error}"
+        print(f"embed-once: {UNFORESEEN} ({problem}). Details: {log.name}", file=sys.stderr)
+        sys.exit(EmbedOnceError.exit_code)
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
+def _require_file(path: Path | None) -> None:
+    """See before anything starts that a report can be written to `path`."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is not None:
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -206,7 +226,7 @@ def _prefect_log(folder: Path, name: str) -> Iterator[int]:
         print("embed-once: cancelled; what was paid for is kept, run again.", file=sys.stderr)
         raise typer.Exit(CANCELLED)
     if problem:
-        raise EmbedOnceError(f"Something unforeseen happened ({problem}). Details: {log}")
+        raise EmbedOnceError(f"{UNFORESEEN} ({problem}). Details: {log}")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from tasks.embed import Embedded, embed_batch, retry_when_busy
 from tasks.errors import EmbedOnceError, SettingsError
 from tasks.fill import Filled, Filling
 from tasks.index import adopt, held, vectors_of
-from tasks.journal import Recovered, RunFolder, fold, recover, unfolded_answers
+from tasks.journal import About, Recovered, RunFolder, fold, recover, unfolded_answers
 from tasks.ledger import Ledger
 from tasks.params import Config, Overrides, TableSource, load_config
 from tasks.plan import Survey, require_runnable, require_safe, survey
@@ -34,7 +34,7 @@ from tasks.providers import Provider
 from tasks.publish import publish
 from tasks.read.frames import write_frame
 from tasks.report import RunReport, headline, ledger_row
-from tasks.run import Clock, failed_report, finished_report
+from tasks.run import Clock, about_run, died_report, ended_report, finished_report
 from tasks.schemas import Batch
 
 if TYPE_CHECKING:
@@ -92,16 +92,23 @@ def reindex(config: str, overrides: Overrides = Overrides()) -> Any:
     folder = RunFolder(settings.state.uri, str(flow_run.id))
     ledger = Ledger(settings.state.uri)
     clock = Clock(datetime.now(tz=UTC))
+    about = about_run(settings, folder.run_id, clock)
     with ExitStack() as stack:
         stack.enter_context(held(settings.index, folder.run_id))
-        recovered = recover(settings.state.uri, ledger.record_calls)
+        recovered = recover(
+            settings.state.uri,
+            ledger.record_calls,
+            lambda dead, calls: ledger.record_run(ledger_row(died_report(dead, calls))),
+        )
         adopt(settings.index)
-        stack.enter_context(folder.alive())
+        stack.enter_context(folder.alive(about))
         try:
-            report = _reindex(settings, overrides, folder, recovered, clock)
+            report = _reindex(
+                settings, overrides, folder, recovered=recovered, clock=clock, about=about
+            )
         except EmbedOnceError as error:
-            calls = folder.calls()
-            _close(failed_report(settings, calls, folder.run_id, clock, str(error)), folder, ledger)
+            failed = ended_report(about, folder.calls(), "failed", str(error), clock.total())
+            _close(failed, folder, ledger)
             raise
         _close(report, folder, ledger)
     if report.state == "incomplete":
@@ -140,7 +147,13 @@ def run_frame(config: str, frame: "pd.DataFrame", overrides: Overrides = Overrid
 
 
 def _reindex(
-    settings: Config, overrides: Overrides, folder: RunFolder, recovered: Recovered, clock: Clock
+    settings: Config,
+    overrides: Overrides,
+    folder: RunFolder,
+    *,
+    recovered: Recovered,
+    clock: Clock,
+    about: About,
 ) -> RunReport:
     """The path of the data."""
     tell(Progress("reading"))
@@ -166,7 +179,7 @@ def _reindex(
         published=published,
         recovered=recovered,
         calls=folder.calls(),
-        run_id=folder.run_id,
+        about=about,
         clock=clock,
     )
 

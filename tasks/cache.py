@@ -5,7 +5,6 @@ A hit in the wrong space is impossible: the space names the table. Indexes that 
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import lancedb
 import numpy as np
@@ -15,7 +14,7 @@ from lancedb.table import Table
 
 from tasks.errors import EmbedOnceError
 from tasks.keys import KeySet, first_of_each
-from tasks.lance import PRIMARY_KEY, read_batches
+from tasks.lance import PRIMARY_KEY, open_table, writing
 from tasks.providers import Space
 from tasks.schemas import HASH, vectors_schema
 
@@ -43,9 +42,9 @@ class Cache:
     def refresh(self) -> None:
         """Take up what other runs have added."""
         if self._table is None:
-            if not (Path(self._uri) / f"{self.name}.lance").exists():
-                return
-            self._table = lancedb.connect(self._uri).open_table(self.name)
+            self._table = open_table(self._uri, self.name)
+        if self._table is None:
+            return
         self._table.checkout_latest()  # type: ignore[no-untyped-call]
         if self._table.version == self._version:
             return
@@ -114,13 +113,10 @@ class Cache:
         if self._table is None:
             self._table = self._create()
         merge = self._table.merge_insert("text_hash").when_not_matched_insert_all()
-        merge.execute(new)
+        with writing(f"the cache {self.name} in {self._uri}"):
+            merge.execute(new)
         self.refresh()
         return int(new.num_rows)
-
-    def stream(self, batch_rows: int = 4096) -> Iterable[pa.RecordBatch]:
-        """All rows of the cache, a batch at a time."""
-        return read_batches(self._table, batch_rows) if self._table is not None else []
 
     def _create(self) -> Table:
         text_hash, vector = vectors_schema(self.space.dimension)

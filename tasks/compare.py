@@ -7,7 +7,7 @@ numbers alone counts as unchanged but is brought up to date ("relined").
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -31,10 +31,12 @@ class Held:
     Attributes:
         unread: Documents, and folders ending in "/", that could not be read.
         narrow: If given, only documents at or below it are looked at.
+        unread_ids: Rows of a table that could not be read.
     """
 
     unread: tuple[str, ...] = ()
     narrow: str | None = None
+    unread_ids: tuple[str, ...] = ()
 
     @cached_property
     def _below(self) -> str:
@@ -62,7 +64,7 @@ class Compared:
         changes: CHANGES, in corpus order.
         deletions: DELETIONS.
         unchanged: Corpus rows whose index row already says the same, but for line numbers.
-        held: Index rows left alone because their document was not looked at.
+        held: Index rows left alone because they could not be read in the corpus.
         duplicate: Corpus rows whose text stands in an earlier row too.
         unique_texts: Distinct texts of the corpus.
         unchanged_tokens: Estimated tokens of the unchanged rows.
@@ -118,13 +120,14 @@ def compare(
     change[new] = "added"
 
     stays = _held_rows(index, held)
+    unread = _held_rows(index, replace(held, narrow=None)) & ~in_corpus
     gone = np.flatnonzero(~in_corpus & ~stays)
     fate = np.full(len(gone), "deleted", dtype=object)
     if kind == "files":
         _pair(corpus, index, joined=np.flatnonzero(new), gone=gone, change=change, fate=fate)
 
     return _result(
-        corpus, index, change, new=new, gone=gone, fate=fate, held=int(stays.sum()), folder=folder
+        corpus, index, change, new=new, gone=gone, fate=fate, held=int(unread.sum()), folder=folder
     )
 
 
@@ -151,13 +154,16 @@ def _differs(
 
 def _held_rows(index: pa.Table, held: Held) -> Flags:
     """For each index row whether it stays because its document was not looked at."""
+    by_id = np.asarray(
+        pc.is_in(index.column("id"), value_set=pa.array(held.unread_ids, pa.utf8())), dtype=bool
+    )
     if not held.unread and held.narrow is None:
-        return np.zeros(index.num_rows, dtype=bool)
+        return by_id
     documents = index.column("document").combine_chunks().dictionary_encode()
     covered = np.array([held.covers(name) for name in documents.dictionary.to_pylist()], dtype=bool)
     at = pc.fill_null(documents.indices, -1).to_numpy()
     # Index -1, a row without a document, reads the False that is appended at the end.
-    return np.asarray(np.append(covered, False)[at], dtype=bool)
+    return np.asarray(by_id | np.append(covered, False)[at], dtype=bool)
 
 
 def _pair(

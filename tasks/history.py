@@ -10,7 +10,7 @@ from tasks.plan import index_name
 if TYPE_CHECKING:
     import pandas as pd
 
-DIED = "died after publishing"
+STRAY = "no record"
 
 
 def history(config: Config) -> "pd.DataFrame":
@@ -19,7 +19,8 @@ def history(config: Config) -> "pd.DataFrame":
     Returns:
         One row a run, columns as in the run report (`chunks.added`, `cost.usd`, …), with
         `version`, the LanceDB version of a generation that is still kept (else <NA>). A
-        generation whose run died before it reached the ledger has a row of its own.
+        generation that the ledger does not know has a row of its own: its run died before it
+        could say so, or the state was lost.
 
     Raises:
         SettingsError: The table was not made by embed-once.
@@ -37,7 +38,7 @@ def history(config: Config) -> "pd.DataFrame":
         {
             "generation": generation.number,
             "started_at": generation.published_at.isoformat(timespec="seconds"),
-            "state": DIED,
+            "state": STRAY,
             "published": "unknown",
         }
         for generation in kept
@@ -46,10 +47,13 @@ def history(config: Config) -> "pd.DataFrame":
     frame = pd.concat([runs, pd.DataFrame(strays)], ignore_index=True) if strays else runs.copy()
     if not len(frame):
         return frame
+    frame = frame.sort_values("started_at", ignore_index=True, kind="stable")
     versions = {generation.number: generation.version for generation in kept}
+    # Numbers start again where an index was deleted and built anew: the last run has them.
     published_rows = frame["published"] != "none"
-    frame["version"] = frame["generation"].map(versions).where(published_rows).astype("Int64")
-    return frame.sort_values("started_at", ignore_index=True)
+    newest = ~frame["generation"].where(published_rows).duplicated(keep="last") & published_rows
+    frame["version"] = frame["generation"].map(versions).where(newest).astype("Int64")
+    return frame
 
 
 def as_lines(frame: "pd.DataFrame") -> str:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import lancedb
 import pyarrow as pa
 from filelock import FileLock, Timeout
 from lancedb.table import Table
@@ -18,7 +17,7 @@ from lancedb.table import Table
 from tasks.cache import SPACE
 from tasks.errors import EmbedOnceError, IndexConflict, IndexHeld
 from tasks.keys import KeySet, key_columns
-from tasks.lance import PRIMARY_KEY, read_batches
+from tasks.lance import PRIMARY_KEY, open_table, read_batches
 from tasks.params import Index
 from tasks.providers import Space
 from tasks.schemas import INDEXED, TableRef, metadata_fields, rows_schema
@@ -71,9 +70,9 @@ def open_index(index: Index) -> Table | None:
     Raises:
         IndexConflict: The table was not made by embed-once.
     """
-    if not (Path(index.uri) / f"{index.table}.lance").exists():
+    table = open_table(index.uri, index.table)
+    if table is None:
         return None
-    table = lancedb.connect(index.uri).open_table(index.table)
     if FORMAT not in (table.schema.metadata or {}):
         raise IndexConflict(
             f"The table {index.table!r} in {index.uri} was not made by embed-once, so it is left "

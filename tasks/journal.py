@@ -5,6 +5,7 @@ Each run has a folder under `state.uri`:
     runs/<run id>.alive          locked as long as the run lives
     runs/<run id>/answers/*.arrow    one file an answer: vectors, and the call in its metadata
     runs/<run id>/calls.jsonl    one line a provider call, whatever became of it
+    runs/<run id>/run.json       what the run is, for the ledger if it dies
     runs/<run id>/staging/       tables between the stages
 
 An answer is written to a temporary file, synced and renamed, so a file with its final
@@ -64,6 +65,25 @@ class Call:
 
 
 @dataclass(frozen=True)
+class About:
+    """What a run is.
+
+    Attributes:
+        run_id: Also the id of the Prefect flow run.
+        name: The config's name.
+        index: Folder and table.
+        started_at: ISO 8601, UTC.
+        concurrency: Most calls in flight.
+    """
+
+    run_id: str
+    name: str
+    index: str
+    started_at: str
+    concurrency: int
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """The folder of one run. A value: tasks in other processes use it too."""
 
@@ -91,14 +111,19 @@ class RunFolder:
         return sorted((self.path / "answers").glob("*.arrow"))
 
     @contextmanager
-    def alive(self) -> Iterator[None]:
+    def alive(self, about: About | None = None) -> Iterator[None]:
         """Mark the run as living until the block ends, then remove what is spent.
 
         The folder stays if it still holds answers or calls: the next run takes them up.
+
+        Args:
+            about: What the ledger says of the run if it dies.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.lock):  # before there is a folder that another run could take up
             self.staging.mkdir(parents=True, exist_ok=True)
+            if about is not None:
+                self._about.write_text(json.dumps(asdict(about)), encoding="utf-8")
             try:
                 yield
             finally:
@@ -160,6 +185,17 @@ class RunFolder:
                 calls.setdefault((answer.call.batch, answer.call.attempt), answer.call)
         return list(calls.values())
 
+    @property
+    def _about(self) -> Path:
+        return self.path / "run.json"
+
+    def about(self) -> About | None:
+        """What the run is, if it lived long enough to write it down."""
+        try:
+            return About(**json.loads(self._about.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
     def forget_calls(self) -> None:
         """Drop the notes once the ledger has them."""
         (self.path / "calls.jsonl").unlink(missing_ok=True)
@@ -183,6 +219,7 @@ def read_answer(path: Path) -> StoredAnswer | None:
         call = Call(**json.loads(metadata[CALL]))
         table = table.replace_schema_metadata(None)
         require(table.schema, vectors_schema(space.dimension), str(path))
+        table.validate(full=True)  # else Arrow ends the process over a damaged length
         if metadata[CHECKSUM] != _checksum(*table.to_batches()):
             return None
     except (OSError, pa.ArrowInvalid, KeyError, ValueError, TypeError):
@@ -218,19 +255,25 @@ class Recovered:
     set_aside: tuple[Path, ...] = ()
 
 
-def recover(state_uri: str, record: Callable[[list[Call]], None]) -> Recovered:
+Died = Callable[[About, list[Call]], None]
+
+
+def recover(
+    state_uri: str, record: Callable[[list[Call]], None], died: Died = lambda _about, _calls: None
+) -> Recovered:
     """Fold what runs that died have left; leave living runs alone.
 
     Args:
         state_uri: Where the runs' folders are.
         record: Takes the calls of a dead run into the ledger.
+        died: Takes the dead run itself into the ledger.
     """
     recovered = Recovered()
     for path in sorted((Path(state_uri) / "runs").glob("*/")):
         folder = RunFolder(state_uri, path.name)
         try:
             with FileLock(folder.lock, timeout=0):
-                found = _recover_one(folder, record)
+                found = _recover_one(folder, record, died)
         except Timeout:
             continue
         recovered = Recovered(
@@ -239,7 +282,7 @@ def recover(state_uri: str, record: Callable[[list[Call]], None]) -> Recovered:
     return recovered
 
 
-def _recover_one(folder: RunFolder, record: Callable[[list[Call]], None]) -> Recovered:
+def _recover_one(folder: RunFolder, record: Callable[[list[Call]], None], died: Died) -> Recovered:
     calls = folder.calls()
     spaces, set_aside = set(), []
     for file in folder.answers:
@@ -251,6 +294,8 @@ def _recover_one(folder: RunFolder, record: Callable[[list[Call]], None]) -> Rec
     vectors = sum(fold(folder, Cache(folder.state_uri, space)) for space in spaces)
     if calls:
         record(calls)
+    if about := folder.about():
+        died(about, calls)
     shutil.rmtree(folder.path, ignore_errors=True)
     folder.lock.unlink(missing_ok=True)
     return Recovered(vectors, tuple(set_aside))

@@ -111,7 +111,9 @@ def key_columns(rows: pa.RecordBatch) -> dict[str, pa.Array]:
     names = rows.column("document").dictionary_encode()
     by_name = hash_column([document_key(name) for name in names.dictionary.to_pylist()])
     documents = pc.fill_null(by_name.take(names.indices), pa.scalar(NO_DOCUMENT, HASH))
-    metadata = [rows.column(field.name) for field in metadata_fields(rows.schema)]
+    # By name: columns in another order are the same row.
+    names_of_metadata = sorted(field.name for field in metadata_fields(rows.schema))
+    metadata = [rows.column(name) for name in names_of_metadata]
     return {
         "key": digest_column(rows.column("id")),
         "document_key": documents,

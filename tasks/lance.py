@@ -1,15 +1,52 @@
 """What we need of LanceDB beside its own calls."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
+import lancedb
 import pyarrow as pa
 from lancedb.table import Table
+
+from tasks.errors import EmbedOnceError
 
 PRIMARY_KEY = {b"lance-schema:unenforced-primary-key": b"true"}
 """Field metadata that makes concurrent upserts of one key meet.
 
 Without it five processes upserting the same 100 keys left 500 rows and no error.
 """
+
+
+def open_table(uri: str, name: str) -> Table | None:
+    """The table, or None where there is none yet.
+
+    A writer that was killed before its first commit leaves a folder without a version in it;
+    that is no table either, and creating one goes over it.
+    """
+    if not (Path(uri) / f"{name}.lance").exists():
+        return None
+    try:
+        return lancedb.connect(uri).open_table(name)
+    except ValueError as error:
+        if "was not found" in str(error):
+            return None
+        raise
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Say in words that LanceDB could not write `what`.
+
+    Raises:
+        EmbedOnceError: For whatever LanceDB raises: it has no errors of its own.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, ValueError) as error:
+        raise EmbedOnceError(
+            f"LanceDB could not write {what}: {str(error).splitlines()[0]} "
+            "The index is as it was; what was paid for is kept."
+        ) from error
 
 
 def read_batches(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lancedb
@@ -10,6 +9,7 @@ import pyarrow as pa
 from lancedb.table import Table
 
 from tasks.journal import Call
+from tasks.lance import open_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,9 +66,7 @@ class Ledger:
         return frame
 
     def _open(self, name: str) -> Table | None:
-        if not (Path(self._uri) / f"{name}.lance").exists():
-            return None
-        return lancedb.connect(self._uri).open_table(name)
+        return open_table(self._uri, name)
 
     def _append(
         self, name: str, schema: pa.Schema, key: list[str], rows: list[dict[str, object]]

@@ -29,7 +29,10 @@ def _at_home(path: str, info: ValidationInfo) -> str:
     if "://" in path and not path.startswith("file://"):
         raise ValueError("object storage is not supported yet; name a local folder")
     base = (info.context or {}).get("base", Path.cwd())
-    return str((Path(base) / Path(path.removeprefix("file://")).expanduser()).resolve())
+    try:
+        return str((Path(base) / Path(path.removeprefix("file://")).expanduser()).resolve())
+    except RuntimeError as error:  # of a user who does not exist
+        raise ValueError(str(error)) from None
 
 
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_at_home)]
@@ -194,9 +197,22 @@ def project_folder(file: Path) -> Path:
     return file.parent
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a mapping that holds a key twice, of which YAML would keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)  # noqa: S506 - it is safe
     except FileNotFoundError:
         raise SettingsError(f"There is no config file at {file}.") from None
     except UnicodeDecodeError as error:

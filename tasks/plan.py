@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 from pydantic import Field
 
 from tasks.cache import Cache
@@ -46,15 +47,9 @@ class Survey:
     compared: Compared
     looked_up: LookedUp
     packed: Packed
+    indexed_splitter: str
     compare_s: float
     lookup_s: float
-
-    @property
-    def other_splitter(self) -> str:
-        """The splitter the index was made with, if it is another one; else ""."""
-        table = open_index(self.config.index)
-        theirs = identity_of(table).splitter if table is not None else self.identity.splitter
-        return theirs if theirs != self.identity.splitter else ""
 
 
 def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
@@ -80,14 +75,18 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
     keyed = fingerprint(reader, provider.count, folder / "keyed.arrow")
     compare_started = time.perf_counter()
     indexed = scan(table, folder / "indexed.arrow")
-    held = Held(tuple(keyed.notes.unread), overrides.narrow or None)
-    same_columns = table is None or metadata_fields(table.schema) == reader.metadata
+    notes = keyed.notes
+    held = Held(tuple(notes.unread), overrides.narrow or None, tuple(notes.unread_ids))
+    same_columns = table is None or _by_name(metadata_fields(table.schema)) == _by_name(
+        reader.metadata
+    )
     compared = compare(
         keyed.table, indexed, config.source.kind, held, folder, same_columns=same_columns
     )
     lookup_started = time.perf_counter()
-    cache = Cache(config.state.uri, identity.space)
+    # First the journals, then the cache: an answer that is folded in between is seen twice.
     unfolded = unfolded_hashes(config.state.uri, identity.space)
+    cache = Cache(config.state.uri, identity.space)
     looked_up = lookup(compared.changes, indexed, cache, unfolded, folder / "misses.arrow")
     packed = pack(looked_up.misses, provider.limits, folder / "packed.arrow")
     return Survey(
@@ -102,9 +101,14 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
         compared=compared,
         looked_up=looked_up,
         packed=packed,
+        indexed_splitter=identity_of(table).splitter if table is not None else reader.splitter,
         compare_s=lookup_started - compare_started,
         lookup_s=time.perf_counter() - lookup_started,
     )
+
+
+def _by_name(fields: list[pa.Field]) -> dict[str, pa.DataType]:
+    return {field.name: field.type for field in fields}
 
 
 def open_reader(config: Config, overrides: Overrides) -> Reader:
@@ -116,12 +120,13 @@ def open_reader(config: Config, overrides: Overrides) -> Reader:
     source = config.source
     if not Path(source.path).exists():
         raise SettingsError(f"source.path: there is nothing at {source.path}.")
+    index, state = Path(config.index.uri), Path(config.state.uri)
     if isinstance(source, FilesSource):
-        own = [Path(config.index.uri), Path(config.state.uri)]
-        return FilesReader(source, skip_paths=own, narrow=overrides.narrow or None)
+        return FilesReader(source, skip_paths=[index, state], narrow=overrides.narrow or None)
     if overrides.narrow:
         raise SettingsError("A narrower source path needs a source of files, not of tables.")
-    return TableReader(source)
+    # Other tables of the database may be a corpus, the index itself may not.
+    return TableReader(source, [index / f"{config.index.table}.lance", state])
 
 
 def require_runnable(config: Config, overrides: Overrides) -> None:
@@ -165,13 +170,14 @@ def require_safe(survey: Survey, overrides: Overrides) -> None:
             "corpus really shrank, run with --set index.max_deleted_fraction=1.",
             deleted=counts["deleted"],
         )
-    if survey.other_splitter and not overrides.accept_splitter:
+    theirs, ours = survey.indexed_splitter or "none", survey.identity.splitter or "none"
+    if theirs != ours and not overrides.accept_splitter:
         raise SettingsError(
-            f"The index {config.index.table!r} was cut by splitter {survey.other_splitter}, "
-            f"installed is {survey.identity.splitter}. Going on would embed "
+            f"The index {config.index.table!r} was cut by splitter {theirs}, this config cuts by "
+            f"{ours}. Going on would embed "
             f"{survey.packed.texts:,} texts ({survey.packed.tokens:,} tokens, "
             f"${survey.facts.usd(survey.packed.tokens):.2f}). Run with --accept-splitter to do "
-            "so, or install the splitter's former version."
+            "so, or go back to the former source or splitter."
         )
 
 
@@ -206,7 +212,7 @@ class Plan(Part):
     bound_by: str
     documents: int
     skipped: dict[str, int] = Field(default={})
-    unread: list[str] = Field(default=[])
+    examples: dict[str, list[str]] = Field(default={})
     would_refuse: str = ""
 
 
@@ -237,7 +243,7 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
         bound_by=limits.binding(packed.batches, packed.tokens),
         documents=survey.keyed.notes.documents,
         skipped=dict(survey.keyed.notes.skipped),
-        unread=survey.keyed.notes.unread,
+        examples=survey.keyed.notes.examples,
         would_refuse=refusal,
     )
 
@@ -268,7 +274,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         rows.append(("free tokens", f"{plan.free_tokens:,} an account; what is left is unknown"))
     if plan.bound_by:
         rows.append(("time at limits", f"{plan.seconds_at_limits:.1f} s, by {plan.bound_by}"))
-    return rows + skipped_rows(plan.skipped)
+    return rows + skipped_rows(plan.skipped, plan.examples)
 
 
 def index_name(config: Config) -> str:

@@ -15,8 +15,8 @@ from lancedb.table import Table
 from tasks.cache import Cache
 from tasks.errors import CorpusError, EmbedOnceError
 from tasks.index import Identity, committing, generations, open_index, tag_generation
-from tasks.keys import KeySet, digest, first_of_each, hash_column
-from tasks.lance import quoted, read_batches
+from tasks.keys import KeySet, digest_column, first_of_each
+from tasks.lance import quoted, read_batches, writing
 from tasks.params import Index
 from tasks.schemas import DELETIONS, TableRef, metadata_fields, rows_schema
 from tasks.stage import stage
@@ -79,11 +79,11 @@ def publish(
         EmbedOnceError: A vector is missing; nothing was published.
     """
     metadata = metadata_fields(rows.schema())
-    schema = identity.schema(metadata)
     _refuse_repeated(rows, metadata)
     for batch in rows.batches(rows_schema(metadata)):  # LanceDB would hide the error in its own
         cache.require(batch.column("text_hash"))
     table = open_index(index)
+    schema = identity.schema(_in_order_of(table, metadata))
     gone = deletions.load(DELETIONS).column("id")
     way = _way(table, schema, rows.rows, updates, len(gone))
     if way == "none":
@@ -91,10 +91,13 @@ def publish(
     new = pa.RecordBatchReader.from_batches(
         schema, _with_vectors(rows, metadata, schema, cache, run_id)
     )
-    with committing(index, 0 if table is None else table.version):
+    with (
+        writing(f"the index {index.table!r} in {index.uri}"),
+        committing(index, 0 if table is None else table.version),
+    ):
         if table is None:
+            table = _create(index, schema, new, rows.rows)
             expected = rows.rows
-            table = lancedb.connect(index.uri).create_table(index.table, data=new, schema=schema)
         else:
             expected = table.count_rows() + rows.rows - updates - len(gone)
             before = table.version
@@ -109,6 +112,14 @@ def publish(
             _require_rows(table, before, expected)
         newest = tag_generation(table)
     return Published(way, newest.number, newest.version, expected)
+
+
+def _in_order_of(table: Table | None, metadata: list[pa.Field]) -> list[pa.Field]:
+    """The columns in the order the table has them, so that another order changes nothing."""
+    known = table.schema.names if table is not None else []
+    return sorted(
+        metadata, key=lambda field: known.index(field.name) if field.name in known else len(known)
+    )
 
 
 def _nothing_new(table: Table | None) -> Published:
@@ -132,6 +143,20 @@ def _way(table: Table | None, schema: pa.Schema, rows: int, updates: int, deleti
     return "overwrite" if heavy or deletions > MERGE_DELETIONS else "merge"
 
 
+def _create(index: Index, schema: pa.Schema, new: pa.RecordBatchReader, expected: int) -> Table:
+    """The first generation, or none at all: a fault while it streams leaves an empty table."""
+    connection = lancedb.connect(index.uri)
+    table = connection.create_table(index.table, data=new, schema=schema)
+    found = table.count_rows()
+    if found != expected:
+        connection.drop_table(index.table)
+        raise EmbedOnceError(
+            f"LanceDB wrote {found} rows of {expected}, so the table was dropped again. "
+            "Nothing was published; what was paid for is kept."
+        )
+    return table
+
+
 def _merge(table: Table, new: pa.RecordBatchReader, gone: list[str]) -> None:
     merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
     if gone:
@@ -153,11 +178,11 @@ def _overwrite(
     metadata = metadata_fields(rows.schema())
     written = [batch.column("id") for batch in rows.batches(rows_schema(metadata))]
     leaving = [*written, *deletions.load(DELETIONS).column("id").chunks]
-    keys = KeySet(_keys_of(pa.chunked_array(leaving, pa.utf8())))
+    keys = KeySet(digest_column(pa.chunked_array(leaving, pa.utf8())))
 
     def stream() -> Iterator[pa.RecordBatch]:
         for batch in read_batches(table, BATCH_ROWS):
-            stays = batch.filter(pa.array(~keys.holds(_keys_of(batch.column("id")))))
+            stays = batch.filter(pa.array(~keys.holds(digest_column(batch.column("id")))))
             if stays.num_rows:
                 yield _fitted(stays, schema)
         yield from new
@@ -191,13 +216,9 @@ def _with_vectors(
         yield pa.record_batch(columns, schema=schema)
 
 
-def _keys_of(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
-    return hash_column([digest(id_.encode()) for id_ in ids.to_pylist()])
-
-
 def _refuse_repeated(rows: TableRef, metadata: list[pa.Field]) -> None:
     """The primary key does not stop duplicates inside one commit, so this does."""
-    keys = [_keys_of(batch.column("id")) for batch in rows.batches(rows_schema(metadata))]
+    keys = [digest_column(batch.column("id")) for batch in rows.batches(rows_schema(metadata))]
     if not keys:
         return
     once = len(first_of_each(pa.chunked_array(keys)))

@@ -131,9 +131,12 @@ class RunReport(Part):
         index: Folder and table.
         generation: The newest one after the run; 0 where there is none.
         published: "none" where nothing changed, else how it was committed.
-        state: "completed", "unchanged", "incomplete" (documents were left out) or "failed".
+        state: "completed", "unchanged", "incomplete" (something was left out),
+            "failed" or "died" (killed; told by the run that takes up after it).
         started_at: ISO 8601, UTC.
         skipped: Documents and rows left out, counted by reason.
+        examples: The first few of them, by reason.
+        held: Rows of the index that stay because they could not be read in the corpus.
         recovered_vectors: Paid for by runs that died, taken up by this one.
         unreadable_answers: Journal files of such runs that are not whole, set aside.
         error: What went wrong, "" if nothing did.
@@ -157,6 +160,8 @@ class RunReport(Part):
     concurrency: Concurrency
     memory: Memory
     skipped: dict[str, int] = {}
+    examples: dict[str, list[str]] = {}
+    held: int = 0
     recovered_vectors: int = 0
     unreadable_answers: int = 0
     error: str = ""
@@ -213,15 +218,23 @@ def report_rows(report: RunReport) -> list[Row]:
         )
     if report.unreadable_answers:
         rows.append(("set aside", f"{report.unreadable_answers:,} unreadable journal files"))
-    rows += skipped_rows(report.skipped)
+    if report.held:
+        rows.append(("kept unread", f"{report.held:,} chunks of documents that cannot be read"))
+    rows += skipped_rows(report.skipped, report.examples)
     if report.error:
         rows.append(("error", report.error))
     return rows
 
 
-def skipped_rows(skipped: dict[str, int]) -> list[Row]:
+def skipped_rows(skipped: dict[str, int], examples: dict[str, list[str]]) -> list[Row]:
     """What was left out, as label and value."""
-    return [(f"skipped: {reason}", f"{count:,}") for reason, count in sorted(skipped.items())]
+    rows = []
+    for reason, count in sorted(skipped.items()):
+        names = examples.get(reason, [])
+        more = ", …" if count > len(names) else ""
+        shown = f" ({', '.join(map(repr, names))}{more})" if names else ""
+        rows.append((f"skipped: {reason}", f"{count:,}{shown}"))
+    return rows
 
 
 def as_text(rows: Sequence[Row]) -> str:
@@ -240,15 +253,17 @@ def headline(report: RunReport) -> str:
     """The run in one sentence."""
     if report.state == "failed":
         return f"{report.name}: failed; the index is as it was."
+    left_out = " Something could not be read; its rows stay as they were."
     if report.published == "none":
-        return f"{report.name}: nothing changed, nothing embedded, no new version."
+        sentence = f"{report.name}: nothing changed, nothing embedded, no new version."
+        return sentence + (left_out if report.state == "incomplete" else "")
     changed = report.chunks.added + report.chunks.changed + report.chunks.moved
     sentence = (
         f"{report.name}: generation {report.generation} published, {changed:,} chunks written, "
         f"{report.chunks.deleted:,} deleted, {report.texts.embedded:,} texts embedded."
     )
     if report.state == "incomplete":
-        sentence += " Some documents could not be read; their rows stay as they were."
+        sentence += left_out
     return sentence
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from tasks.compare import tally
 from tasks.fill import Filled
-from tasks.journal import Call, Recovered
+from tasks.journal import About, Call, Recovered
 from tasks.params import Config
 from tasks.plan import Survey, chunks_of, cost_of, index_name, texts_of
 from tasks.publish import Published
@@ -55,6 +55,22 @@ class Clock:
         return time.perf_counter() - self.started
 
 
+def about_run(config: Config, run_id: str, clock: Clock) -> About:
+    """What the run is, before it has done anything."""
+    return About(
+        run_id=run_id,
+        name=config.name,
+        index=index_name(config),
+        started_at=clock.started_at.isoformat(timespec="milliseconds"),
+        concurrency=config.limits.concurrency,
+    )
+
+
+def died_report(about: About, calls: Sequence[Call]) -> RunReport:
+    """The report of a run that was killed."""
+    return ended_report(about, calls, "died", "The run ended without a word.")
+
+
 def finished_report(
     *,
     survey: Survey,
@@ -62,7 +78,7 @@ def finished_report(
     published: Published,
     recovered: Recovered,
     calls: Sequence[Call],
-    run_id: str,
+    about: About,
     clock: Clock,
 ) -> RunReport:
     """The report of a run that published, or had nothing to publish."""
@@ -73,17 +89,17 @@ def finished_report(
     skipped = Counter(survey.keyed.notes.skipped)
     if filled.unsettled:
         skipped["changed while it was read"] = filled.unsettled
-    left_out = bool(filled.unsettled or survey.keyed.notes.unread)
+    left_out = bool(filled.unsettled or survey.keyed.notes.failed or survey.compared.held)
     state = "unchanged" if published.way == "none" else "completed"
     embed_s = clock.seconds.get("embed", 0.0)
     return RunReport(
-        run_id=run_id,
-        name=survey.config.name,
-        index=index_name(survey.config),
+        run_id=about.run_id,
+        name=about.name,
+        index=about.index,
         generation=published.generation,
         published=published.way,
         state="incomplete" if left_out else state,
-        started_at=clock.started_at.isoformat(timespec="seconds"),
+        started_at=about.started_at,
         chunks=chunks_of(survey, counts),
         texts=texts_of(survey, embedded),
         calls=_calls(calls),
@@ -103,35 +119,37 @@ def finished_report(
         concurrency=_concurrency(survey.config, calls, embed_s),
         memory=Memory(peak_bytes=peak_bytes()),
         skipped=dict(skipped),
+        examples=survey.keyed.notes.examples,
+        held=survey.compared.held,
         recovered_vectors=recovered.vectors,
         unreadable_answers=len(recovered.set_aside),
     )
 
 
-def failed_report(
-    config: Config, calls: Sequence[Call], run_id: str, clock: Clock, error: str
+def ended_report(
+    about: About, calls: Sequence[Call], state: str, error: str, seconds: float = 0.0
 ) -> RunReport:
-    """The report of a run that stopped; what it paid for is in it and in the cache."""
+    """The report of a run that failed or died; what it paid for is in it and in the cache."""
     tokens = _tokens(calls)
     embedded = sum(call.texts for call in calls if call.status == "ok")
     return RunReport(
-        run_id=run_id,
-        name=config.name,
-        index=index_name(config),
+        run_id=about.run_id,
+        name=about.name,
+        index=about.index,
         generation=0,
         published="none",
-        state="failed",
-        started_at=clock.started_at.isoformat(timespec="seconds"),
+        state=state,
+        started_at=about.started_at,
         chunks=Chunks(total=0, unchanged=0, added=0, changed=0, moved=0, deleted=0, duplicate=0),
         texts=Texts(unique=0, from_cache=0, embedded=embedded),
         calls=_calls(calls),
         tokens=tokens,
         cost=Cost(usd=sum(call.usd for call in calls)),
-        seconds=Seconds(total=clock.total()),
+        seconds=Seconds(total=seconds),
         throughput=Throughput(),
         latency_ms=Latency(),
-        concurrency=Concurrency(limit=config.limits.concurrency),
-        memory=Memory(peak_bytes=peak_bytes()),
+        concurrency=Concurrency(limit=about.concurrency),
+        memory=Memory(peak_bytes=peak_bytes() if seconds else 0),
         error=error,
     )
 

@@ -163,6 +163,9 @@ def test_plan_prices_a_voyage_model_without_a_key(home: Path) -> None:
         (["reindex", "birds.yaml", "--set", "embedding.provider=voyage"], 2, "embedding.model"),
         (["reindex", "birds.yaml", "--narrow", "nothing"], 2, "there is no 'nothing'"),
         (["reindex", "birds.yaml", "--set", "state.uri=birds.yaml/x"], 2, "state.uri"),
+        (["reindex", "birds.yaml", "--set", "state.uri=~nobody-here/x"], 2, "state.uri"),
+        (["reindex", "birds.yaml", "--set", "limits.tokens_per_minute=9"], 2, "no limit a minute"),
+        (["reindex", "birds.yaml", "--report", "corpus"], 2, "corpus cannot be written"),
         (["search", "birds.yaml", "x", "--set", "index.table=empty"], 2, "no index 'empty'"),
         (["search", "birds.yaml", "  "], 2, "blank"),
         (["reindex"], 2, "Missing argument"),
@@ -193,7 +196,7 @@ def test_a_document_that_cannot_be_read_is_exit_code_3(home: Path, tmp_path: Pat
     document.symlink_to(document)  # a link to itself cannot be read, by root neither
     done = embed_once("reindex", "birds.yaml", cwd=tmp_path / "birds")
     assert done.returncode == 3, done.stderr
-    assert re.search(r"skipped: unreadable +1", done.stdout)
+    assert re.search(r"skipped: unreadable +1 \('owl.md'\)", done.stdout)
     found = embed_once("search", "birds.yaml", "owls hunt mice", cwd=tmp_path / "birds")
     assert found.stdout.startswith("1. owl.md:1-3")
 
@@ -207,3 +210,28 @@ def test_without_a_server_one_is_started_and_nothing_of_it_is_heard(
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("birds: nothing changed, nothing embedded, no new version.")
     assert done.stderr == ""
+
+
+def test_a_plan_that_a_reindex_would_refuse_is_exit_code_2(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home, tmp_path / "birds")
+    for document in (tmp_path / "birds" / "corpus").iterdir():
+        document.unlink()
+    planned = embed_once("plan", "birds.yaml", cwd=tmp_path / "birds")
+    assert planned.returncode == 2
+    assert "index.max_deleted_fraction=1" in planned.stderr
+    assert re.search(r"deleted +3", planned.stdout)
+
+
+def test_what_nobody_foresaw_is_said_in_a_line_with_the_rest_in_a_file(
+    home: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(home, tmp_path / "birds")
+    versions = tmp_path / "birds" / "index" / "birds.lance" / "_versions"
+    for manifest in versions.iterdir():
+        manifest.write_bytes(b"damaged")
+    done = embed_once("search", "birds.yaml", "owls", cwd=tmp_path / "birds")
+    assert done.returncode == 1
+    assert done.stderr.startswith("embed-once: Something unforeseen happened (")
+    log = Path(done.stderr.split("Details: ")[1].strip())
+    assert "Traceback" in log.read_text(encoding="utf-8")
+    log.unlink()

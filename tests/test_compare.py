@@ -298,7 +298,16 @@ def test_rows_of_held_documents_are_never_deleted(
     stay = [row for row in index if held.covers(row.document)]
     found = comparing(looked_at, index, "files", held)
     assert found.applied == sorted([*looked_at, *stay], key=lambda row: row.id)
-    assert found.compared.held == len(stay)
+    unreadable = [row for row in index if Held(tuple(unread)).covers(row.document)]
+    here = {row.id for row in looked_at}
+    assert found.compared.held == sum(row.id not in here for row in unreadable)
+
+
+def test_a_row_that_cannot_be_read_stays_as_it_was(comparing: Compare) -> None:
+    index = [Row("1", "d", "a"), Row("2", "d", "b")]
+    found = comparing(index[:1], index, "table", Held(unread_ids=("2",)))
+    assert found.applied == index
+    assert found.compared.held == 1
 
 
 @pytest.mark.parametrize(

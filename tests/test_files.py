@@ -274,7 +274,7 @@ def test_links_to_files_are_read_and_links_to_folders_are_not(folder: Files) -> 
     notes = notes_of(root)
     assert names(root) == ["a.txt", "link.txt", "sub/b.txt"]
     assert notes.skipped == {"link to a folder": 1, "broken link": 1}
-    assert notes.unread == []
+    assert (notes.unread, notes.failed) == (["broken.txt"], 0)
 
 
 def test_pipes_and_sockets_are_never_opened(folder: Files, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +309,6 @@ def test_a_name_that_is_not_utf8_is_left_out(folder: Files) -> None:
         (b" \n\t\r\n", "blank text"),
         (b"abc\0def", "binary file"),
         (b"Gr\xf6\xdfe\0und Ma\xdf", "binary file"),
-        (bytes(range(1, 256)) * 9, "binary file"),
         (b"\xff\xfe\x00\xd8\x00\xd8", "binary file"),
         (b"\xff\xfea\0\0\0", "binary file"),
     ],
@@ -320,6 +319,12 @@ def test_a_file_without_text_is_left_out_with_its_reason(
     notes = notes_of(folder({"a.txt": content, "b.txt": "x"}))
     assert notes.examples == {reason: ["a.txt"]}
     assert (notes.documents, notes.unread) == (1, [])
+
+
+def test_a_file_in_no_known_encoding_counts_as_unread(folder: Files) -> None:
+    notes = notes_of(folder({"a.txt": bytes(range(1, 256)) * 9, "b.txt": "x"}))
+    assert notes.examples == {"unknown encoding": ["a.txt"]}
+    assert (notes.documents, notes.unread, notes.failed) == (1, ["a.txt"], 1)
 
 
 GERMAN = "Größe und Maße: für Bücher gäbe es hier schöne, übliche Wörter."

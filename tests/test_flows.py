@@ -415,6 +415,9 @@ def test_a_killed_run_costs_nothing_but_what_was_in_flight(home: Path) -> None:
     assert texts_in_index(home) == {**TEXTS, **texts}
     calls = Ledger(config_of(home).state.uri).calls()
     assert calls[calls["status"] == "ok"]["texts"].sum() == 404
+    runs = history(config_of(home))
+    assert list(runs["state"]) == ["died", "completed"]
+    assert runs["tokens.billed"].sum() == calls["tokens_billed"].sum()
     assert not list(answers.glob("*"))
 
 
@@ -477,3 +480,22 @@ def test_no_more_calls_are_in_flight_than_the_limit_says(home: Path) -> None:
     embedded_with(home, provider, RunFolder(str(home / "state"), "run-1"))
     seen = [int(line) for line in (provider.folder / "most").read_text().splitlines()]
     assert (len(seen), max(seen)) == (12, 2)
+
+
+def test_a_link_that_breaks_does_not_turn_into_a_deletion(home: Path) -> None:
+    (home / "elsewhere").mkdir()
+    (home / "elsewhere" / "eel.txt").write_text("eels evade everyone\n")
+    (home / "corpus" / "eel.txt").symlink_to(home / "elsewhere" / "eel.txt")
+    reindexed(home)
+    (home / "elsewhere").rename(home / "away")
+    report = reindexed(home)
+    assert (report.state, report.held, report.chunks.deleted) == ("incomplete", 1, 0)
+    assert "eel.txt" in texts_in_index(home)
+
+
+def test_a_folder_of_files_may_not_become_a_table_unnoticed(home: Path) -> None:
+    reindexed(home)
+    pd.DataFrame({"id": ["1"], "text": ["one"]}).to_parquet(home / "t.parquet")
+    settings = ["source={kind: table, path: t.parquet}", "index.max_deleted_fraction=1"]
+    with pytest.raises(SettingsError, match="this config cuts by none"):
+        reindexed(home, Overrides(settings=settings))

@@ -236,3 +236,10 @@ def test_a_large_set_is_searched_without_mistakes() -> None:
     digests = [random.bytes(16) for _ in range(5000)]
     found = KeySet(hash_column(digests[:4000]))
     assert found.positions(hash_column(digests)).tolist() == [*range(4000), *([-1] * 1000)]
+
+
+def test_metadata_columns_in_another_order_are_the_same_row() -> None:
+    columns = {"id": ["1"], "document": ["d"], "lang": ["en"], "url": ["x"]}
+    there = pa.RecordBatch.from_pydict(columns)
+    here = pa.RecordBatch.from_pydict(dict(reversed(columns.items())))
+    assert key_columns(there)["row_hash"] == key_columns(here)["row_hash"]

@@ -164,6 +164,7 @@ def test_an_overlap_must_be_at_most_half_of_the_chunk(load: Load) -> None:
     ("content", "said"),
     [
         (b"name: [docs", "is not valid YAML"),
+        (b"name: docs\nname: other", "the key 'name' stands twice"),
         (b"name: caf\xe9", "is not UTF-8"),
         (b"- name\n- docs\n", "must hold keys and values"),
         (b"", "must hold keys and values"),

@@ -420,3 +420,32 @@ def test_thousands_of_rows_keep_their_vectors_in_every_way(shelf: Shelf) -> None
     assert sorted(texts) == sorted(one[1] for one in rows)
     found = table.column("vector").combine_chunks().values.to_numpy()
     assert (found == shelf.provider.embed(texts).vectors.reshape(-1)).all()
+
+
+@pytest.mark.parametrize("width", range(1, 17))
+def test_decimals_reach_the_index_wherever_they_lie_in_the_file(shelf: Shelf, width: int) -> None:
+    """LanceDB leaves a table empty, with no error, where they lie at no multiple of 16 bytes."""
+    shelf.metadata = [LANG, pa.field("price", pa.decimal128(10, 2))]
+    rows = [row(f"{'i' * width}{n}", f"{'w' * width}{n}", lang=None) for n in range(width)]
+    assert shelf.publish(*rows, batch_rows=20).rows == shelf.table().count_rows() == width
+
+
+def test_what_a_killed_first_publish_leaves_is_no_table(shelf: Shelf) -> None:
+    folder = Path(shelf.index.uri) / f"{shelf.index.table}.lance" / "data"
+    folder.mkdir(parents=True)
+    (folder / ".tmp-half-written").write_bytes(b"half")
+    assert open_index(shelf.index) is None
+    assert shelf.publish(row("1", "alpha")).way == "create"
+    shelf.holds(row("1", "alpha"))
+
+
+def test_columns_in_another_order_change_nothing(shelf: Shelf) -> None:
+    url = pa.field("url", pa.utf8())
+    shelf.metadata = [LANG, url]
+    shelf.publish(row("1", "alpha"))
+    before = shelf.versions()
+    shelf.metadata = [url, LANG]
+    assert shelf.publish().way == "none"
+    assert shelf.publish(row("2", "beta")).way == "add"
+    assert shelf.versions() == before + 1
+    shelf.holds(row("1", "alpha"), row("2", "beta"))

@@ -34,4 +34,11 @@ def open_embedder(config: Config) -> Provider:
             "embedding.provider: this version plans for 'voyage' but does not call it. "
             "Use `embed-once plan` for the price, or provider 'lexical' to build an index."
         )
+    if facts_for(config.embedding).tiers is None:
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            if getattr(config.limits, name) is not None:
+                raise SettingsError(
+                    f"limits.{name}: {config.embedding.provider!r} runs on this machine and has "
+                    "no limit a minute; set it to null."
+                )
     return provider

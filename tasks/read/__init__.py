@@ -22,8 +22,10 @@ class ReadNotes:
     Attributes:
         skipped: Counts by reason, say {"binary file": 3, "blank text": 1}.
         examples: For each reason the first few documents or row ids, for messages.
-        unread: Documents and folders (ending in "/") that exist but could not be read;
-            their rows stay in the index as they are.
+        unread: Documents and folders (ending in "/") that could not be read; their rows
+            stay in the index as they are.
+        unread_ids: The same for single rows of a table.
+        failed: How many of those are missing from the corpus that should be in it.
         documents: Documents read.
     """
 
@@ -32,14 +34,28 @@ class ReadNotes:
     skipped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
+    unread_ids: list[str] = field(default_factory=list)
+    failed: int = 0
     documents: int = 0
 
     def skip(self, reason: str, what: str) -> None:
-        """Count `what` as left out for `reason`."""
+        """Count `what` as left out for `reason`: there is no text in it to index."""
         self.skipped[reason] += 1
         seen = self.examples.setdefault(reason, [])
         if len(seen) < self.EXAMPLES:
             seen.append(what)
+
+    def fail(self, reason: str, document: str) -> None:
+        """Count a document or folder that should be indexed but cannot be read."""
+        self.skip(reason, document)
+        self.unread.append(document)
+        self.failed += 1
+
+    def fail_row(self, reason: str, id_: str) -> None:
+        """Count a row of a table that should be indexed but cannot be read."""
+        self.skip(reason, id_)
+        self.unread_ids.append(id_)
+        self.failed += 1
 
 
 class Reader(Protocol):

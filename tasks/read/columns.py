@@ -15,11 +15,8 @@ import pyarrow as pa
 
 from tasks.errors import CorpusError, SettingsError
 from tasks.params import TableSource
-from tasks.read.formats import Part, merged
+from tasks.read.formats import LINES, Part, merged, other_separator
 from tasks.schemas import CHUNKS, OWN_COLUMNS
-
-LINES = ("start_line", "end_line")
-"""Integer columns of these names become the index's own."""
 
 LANCE_COLUMNS = frozenset({"_distance", "_score", "_relevance_score"})
 """What LanceDB names columns of a search's answer; so does all that starts with `_row`."""
@@ -90,6 +87,8 @@ def layout_of(parts: Sequence[Part], source: TableSource) -> Layout:
         if column is not None:
             _require_text(use, column, types.get(column, pa.null()), parts[0].path)
 
+    for name in own:
+        _refuse_fieldless(name, types.get(name, pa.null()), source)
     metadata = tuple(pa.field(name, _plain(types.get(name, pa.null()), pa.utf8())) for name in own)
     read: dict[str, pa.Field[Any]] = {name: pa.field(name, pa.utf8()) for name in keys}
     read |= {name: pa.field(name, pa.int32()) for name in lines}
@@ -209,9 +208,33 @@ def _plain_nested(type_: Any, null: pa.DataType) -> pa.DataType:
     return plain
 
 
+def _refuse_fieldless(name: str, type_: Any, source: TableSource) -> None:
+    """Refuse a metadata column that LanceDB would store, but could not read again."""
+    if _fieldless(type_):
+        raise SettingsError(
+            f"{source.path}: the column {name!r} holds {type_}, a struct without fields, which "
+            "LanceDB cannot store. Give it a field, or leave it out of source.metadata (null "
+            "there keeps all columns).",
+            column=name,
+        )
+
+
+def _fieldless(type_: Any) -> bool:
+    if pa.types.is_struct(type_):
+        return type_.num_fields == 0 or any(_fieldless(one.type) for one in type_)
+    if pa.types.is_map(type_):
+        return _fieldless(type_.key_type) or _fieldless(type_.item_type)
+    return pa.types.is_nested(type_) and _fieldless(type_.value_type)
+
+
 def _require_columns(keys: list[str], own: list[str], names: list[str], path: Path) -> None:
     for name in [*keys, *own]:
         if name not in names:
+            other = other_separator(names[0]) if path.suffix.lower() == ".csv" else ""
+            if other and len(names) == 1:
+                raise SettingsError(
+                    f"{path} has no column {name!r}; it has {names[0]!r}.{other}", column=name
+                )
             near = difflib.get_close_matches(name, names, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise SettingsError(

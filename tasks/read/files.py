@@ -123,14 +123,15 @@ def _text(path: Path, document: str, notes: ReadNotes) -> str | None:
     try:
         data = path.read_bytes()
     except OSError:
-        notes.skip("unreadable", document)
-        notes.unread.append(document)
+        notes.fail("unreadable", document)
         return None
     text = decode(data)
     if not data:
         notes.skip("empty file", document)
-    elif text is None:
+    elif text is None and b"\0" in data:
         notes.skip("binary file", document)
+    elif text is None:
+        notes.fail("unknown encoding", document)
     elif not text.strip():
         notes.skip("blank text", document)
     else:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import csv as pa_csv
 from pyarrow import parquet
 
@@ -25,7 +26,13 @@ ROWS = 8192
 """Rows a batch holds at most."""
 
 BLOCK_BYTES = 4 << 20
-"""Bytes of a CSV file that the types of its columns are taken from."""
+"""Bytes of a CSV file that are parsed at once."""
+
+LINES = ("start_line", "end_line")
+"""Integer columns of these names become the index's own."""
+
+LONGEST_HEADER = 1 << 16
+"""Characters of a CSV header that are looked at for a message."""
 
 STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
@@ -76,6 +83,26 @@ def text_array(values: Sequence[Any]) -> "pa.Array[Any]":
     return pa.Array.from_buffers(pa.utf8(), len(encoded), encoded.buffers())
 
 
+def refuse_utf16(path: Path) -> None:
+    """Raise a CorpusError if the file at `path` is UTF-16 by its first bytes."""
+    with reading(path), path.open("rb") as file:
+        start = file.read(2)
+    if start in {b"\xff\xfe", b"\xfe\xff"} or (len(start) > 1 and 0 in start):
+        raise CorpusError(
+            f"{path} is written in UTF-16, but only UTF-8 is read. Save it as UTF-8.",
+            path=str(path),
+        )
+
+
+def other_separator(header: str) -> str:
+    """A hint, where a header that is one column to us looks like several."""
+    if "," not in header:
+        for mark, name in ((";", "';'"), ("\t", "tabs")):
+            if mark in header:
+                return f" Is it separated by {name}? embed-once reads commas."
+    return ""
+
+
 def _slices(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """The rows of `batches`, at most ROWS at a time."""
     for batch in batches:
@@ -121,8 +148,11 @@ class ParquetPart(Part):
 
     def schema(self) -> pa.Schema:
         """The columns that the footer states."""
-        with reading(self.path), parquet.ParquetFile(self.path) as file:
-            return file.schema_arrow
+        with reading(self.path):
+            if not self.path.stat().st_size:
+                raise CorpusError(f"{self.path} is empty, and so no Parquet file. Make it again.")
+            with parquet.ParquetFile(self.path) as file:
+                return file.schema_arrow
 
     def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """All rows; only the pages of the columns asked for are read."""
@@ -159,12 +189,14 @@ class ArrowPart(Part):
     ) -> pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader:
         options = pa.ipc.IpcReadOptions(included_fields=columns)
         start = file.read(6)
+        if not start:
+            raise CorpusError(f"{self.path} is empty, and so no Arrow file. Make it again.")
         if start == b"ARROW1":
             return pa.ipc.open_file(file, options=options)
         if start.startswith(b"FEA1"):
             raise CorpusError(f"{self.path} is Feather version 1. Write it again as version 2.")
         file.seek(max(file.size() - len(STREAM_END), 0))
-        if start and file.read() != STREAM_END:
+        if file.read() != STREAM_END:
             raise CorpusError(
                 f"{self.path} is no Arrow file, and as an Arrow stream it has no end: it was "
                 "written or copied in part. Make it again."
@@ -207,55 +239,97 @@ class LancePart(Part):
 
 
 class CsvPart(Part):
-    """A CSV file with a header. Ids, texts and documents are text, all else is inferred."""
-
-    HINT = (
-        "The types of a CSV file's columns are taken from its first rows: mend the file, store "
-        "it as Parquet, or list in source.metadata the columns to keep."
-    )
+    """A CSV file with a header. Its cells are text; only lines of a document are integers."""
 
     def schema(self) -> pa.Schema:
-        """The columns of the header, with the types that the first block suggests."""
+        """The columns of the header."""
+        refuse_utf16(self.path)
         with (
-            reading(self.path, self.HINT),
+            self._reading(),
             _Ended(self.path, b"\n") as file,
-            pa_csv.open_csv(cast("IO[bytes]", file), **self._options({})) as reader,
+            pa_csv.open_csv(cast("IO[bytes]", file), **self._options([])) as reader,
         ):
             schema = reader.schema
-            _ = schema.names  # decoded here, where a bad one can be explained
-            return schema
+        with reading(self.path, "Save the file as UTF-8."):
+            names = schema.names
+        lines = set(LINES) - {self.source.id, self.source.text, self.source.document}
+        types = [pa.int32() if name in lines else pa.utf8() for name in names]
+        return pa.schema(list(zip(names, types, strict=True)))
 
     def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """All rows, each cell of the type in `schema`."""
+        """All rows; an empty cell is an empty text, but no line."""
         mark = uuid.uuid4().hex
         # No cell of it is quoted: a quote would close the one that was left open.
         row = ",".join(mark * (name == self.source.id) for name in self.schema().names)
-        types = {field.name: field.type for field in schema}
         held: pa.RecordBatch | None = None
         with (
-            reading(self.path, self.HINT),
+            self._reading(),
             _Ended(self.path, f"\n{row}\n".encode()) as file,
-            pa_csv.open_csv(cast("IO[bytes]", file), **self._options(types)) as reader,
+            pa_csv.open_csv(cast("IO[bytes]", file), **self._options(schema.names)) as reader,
         ):
             for batch in _slices(reader):
                 if held is not None:
-                    yield held
+                    yield self._parsed(held, schema)
                 held = batch
         if held is None or held.column(self.source.id)[-1].as_py() != mark:
             raise CorpusError(
                 f"{self.path} ends within a quoted cell: it was written or copied in part, or a "
                 "quote is missing. Mend the file, or make it again."
             )
-        yield held.slice(0, held.num_rows - 1)
+        yield self._parsed(held.slice(0, held.num_rows - 1), schema)
 
-    def _options(self, types: dict[str, pa.DataType]) -> dict[str, Any]:
-        keys = (self.source.id, self.source.text, self.source.document)
-        as_text = {name: pa.utf8() for name in keys if name is not None}
+    def _parsed(self, rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+        """`rows` with the columns that are integers in `schema` as such."""
+        for place, wish in enumerate(schema):
+            if not pa.types.is_integer(wish.type):
+                continue
+            try:
+                cells: Any = pc.utf8_trim_whitespace(rows.column(wish.name))
+                none: Any = pa.scalar(None, pa.utf8())
+                numbers = pc.if_else(pc.equal(cells, ""), none, cells).cast(wish.type)
+            except pa.ArrowInvalid as error:
+                raise CorpusError(
+                    f"{self.path}: the column {wish.name!r} must hold integers, the lines of a "
+                    f"document: {short(error)}. Mend it, or rename it.",
+                    path=str(self.path),
+                    column=wish.name,
+                ) from None
+            rows = rows.set_column(place, wish, numbers)
+        return rows
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        with reading(self.path):
+            try:
+                yield
+            except pa.ArrowInvalid as error:
+                message = str(error)
+                if "Empty CSV file" in message:
+                    raise CorpusError(
+                        f"{self.path} is empty: not even a header with the names of its columns "
+                        "stands in it. Make it again.",
+                        path=str(self.path),
+                    ) from None
+                if "columns, got" not in message:
+                    raise
+                with self.path.open(encoding="utf-8", errors="replace") as file:
+                    hint = other_separator(file.readline(LONGEST_HEADER))
+                raise CorpusError(
+                    f"{self.path}: a row has more or fewer cells than the header "
+                    f"({short(error).removeprefix('CSV parse error: ')}). A cell that holds a "
+                    f"comma must stand in quotes. Mend the file.{hint}",
+                    path=str(self.path),
+                ) from None
+
+    @staticmethod
+    def _options(names: list[str]) -> dict[str, Any]:
         return {
             "read_options": pa_csv.ReadOptions(block_size=BLOCK_BYTES),
             "parse_options": pa_csv.ParseOptions(newlines_in_values=True),
             "convert_options": pa_csv.ConvertOptions(
-                column_types=types | as_text, include_columns=list(types), check_utf8=False
+                column_types=dict.fromkeys(names, pa.utf8()),
+                include_columns=names,
+                check_utf8=False,
             ),
         }
 

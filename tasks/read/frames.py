@@ -8,7 +8,9 @@ import pyarrow as pa
 
 from tasks.errors import CorpusError, SettingsError
 from tasks.params import TableSource
+from tasks.read import ReadNotes
 from tasks.read.formats import ROWS, short, text_array
+from tasks.read.tables import TableReader
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,8 +28,8 @@ def write_frame(frame: "pd.DataFrame", path: Path, source: TableSource) -> None:
         source: Which columns are what; its path is not looked at.
 
     Raises:
-        SettingsError: Two columns share a name.
-        CorpusError: A column holds values of several types.
+        SettingsError: A column is missing, or two share a name, or one cannot be stored.
+        CorpusError: A row has no id, or a column holds values of several types.
     """
     columns: dict[str, Any] = {}
     if frame.index.name == source.id and source.id not in frame.columns:
@@ -47,6 +49,23 @@ def write_frame(frame: "pd.DataFrame", path: Path, source: TableSource) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with pa.ipc.new_file(str(path), table.schema) as writer:
         writer.write_table(table, max_chunksize=ROWS)
+    _check(source.model_copy(update={"path": str(path)}))
+
+
+def _check(written: TableSource) -> None:
+    """Read what was written, so that its faults are told of the frame, not of a file.
+
+    Raises:
+        SettingsError: A column is missing, of a type that cannot be, or takes a name of ours.
+        CorpusError: A row has no id.
+    """
+    try:
+        for _ in TableReader(written).chunks(ReadNotes()):
+            pass
+    except (SettingsError, CorpusError) as error:
+        message = str(error).replace(written.path, "the frame")
+        facts = {key: value for key, value in error.facts.items() if key != "path"}
+        raise type(error)(message[:1].upper() + message[1:], **facts) from None
 
 
 def _name(label: Hashable) -> str:
@@ -60,17 +79,19 @@ def _array(name: str, values: "pd.Series[Any]") -> "pa.Array[Any] | pa.ChunkedAr
     try:
         array = pa.array(values, from_pandas=True)
     except UnicodeEncodeError:
-        why = "a text within its values is not valid Unicode"
+        why = "hold a text that is not valid Unicode, within others or beside values of no text"
         try:
             return text_array(values.astype(object).where(values.notna(), None).to_list())
         except TypeError:
             pass
-    except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
-        why = short(error)
+    except OverflowError:
+        why = "hold an integer too large to store"
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        why = f"are not of one type: {short(error)}"
     else:
         return array
     raise CorpusError(
-        f"The values of the column {name!r} are not of one type: {why}. Convert the column, or "
+        f"The values of the column {name!r} {why}. Convert the column, or "
         "leave it out of source.metadata.",
         column=name,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from tasks.errors import CorpusError
-from tasks.read.formats import ROWS, Part, merged, reading, short, text_array
+from tasks.read.formats import ROWS, Part, merged, reading, refuse_utf16, short, text_array
 
 SAMPLE_ROWS = 16_384
 """Rows that the columns and their types are taken from."""
@@ -52,6 +52,7 @@ class JsonPart(Part):
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The objects, each with the number of its line."""
+        refuse_utf16(self.path)
         with reading(self.path), self.path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
                 # Invalid bytes become lone surrogates, which are found with the others.
@@ -86,15 +87,17 @@ class JsonPart(Part):
             both = merged(array.type, type_)
             if both is not None and (widen or both == type_):
                 return array if both == array.type else pa.array(values, both)
-            why = f"they hold {array.type}, but {type_} stands before"
-        except (pa.ArrowException, OverflowError, TypeError) as error:
-            why = short(error)
+            why = f"are not of one type: they hold {array.type}, but {type_} stands before"
+        except OverflowError:
+            why = "hold an integer too large to store"
         except UnicodeEncodeError:
-            why = "a text within them is not valid Unicode"
+            why = "hold a text that is not valid Unicode"
+        except (pa.ArrowException, TypeError) as error:
+            why = f"are not of one type: {short(error)}"
         lines = f"{rows[0][0]} to {rows[-1][0]}"
         raise CorpusError(
-            f"{self.path}, lines {lines}: the values of {name!r} are not of one type: {why}. "
-            "Mend them, or list in source.metadata the columns to keep.",
+            f"{self.path}, lines {lines}: the values of {name!r} {why}. Mend them, or "
+            "list in source.metadata the columns to keep.",
             path=str(self.path),
             column=name,
         )
@@ -130,6 +133,8 @@ def _array(values: Sequence[Any]) -> "pa.Array[Any]":
             return text_array(values)
         raise
     except OverflowError:
+        if not all(value is None or type(value) is int for value in values):
+            raise
         array = pa.array(values, pa.uint64())
     return array
 

@@ -6,7 +6,7 @@ stream through in batches; of the whole corpus only one number for each document
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -46,22 +46,24 @@ class TableReader:
 
     Attributes:
         source: Where the table is, and which columns are what.
+        skip_paths: Our own files and folders; never read.
     """
 
     splitter = ""
 
-    def __init__(self, source: TableSource) -> None:
+    def __init__(self, source: TableSource, skip_paths: Iterable[Path] = ()) -> None:
         self.source = source
+        self.skip_paths = tuple(skip_paths)
 
     @property
     def metadata(self) -> "list[pa.Field[Any]]":
-        """The source's own columns, as they stand in the index.
+        """The source's own columns, as they stand in the index; none of an empty folder.
 
         Raises:
             SettingsError: The path or a column is missing, or a column takes a name of ours.
             CorpusError: A file cannot be read, or has other columns than the first one.
         """
-        return list(self._layout.metadata)
+        return list(self._layout.metadata) if self._parts else []
 
     def chunks(self, notes: ReadNotes, wanted: Wanted | None = None) -> Iterator[pa.RecordBatch]:
         """The rows of all documents, or of those that are `wanted`, in the order they have.
@@ -73,6 +75,8 @@ class TableReader:
             SettingsError: The path or a column is missing, or a column takes a name of ours.
             CorpusError: A row has no id, or a file cannot be read to its end.
         """
+        if not self._parts:
+            return
         sift = _Sift(self._layout, notes, wanted)
         for part in self._parts:
             row = 1
@@ -87,7 +91,7 @@ class TableReader:
 
     @cached_property
     def _parts(self) -> list[Part]:
-        return _parts(self.source)
+        return _parts(self.source, frozenset(path.resolve() for path in self.skip_paths))
 
     @cached_property
     def _layout(self) -> Layout:
@@ -125,10 +129,13 @@ class _Sift:
         """Raise a CorpusError if a row had no id."""
         if self.count_without_id:
             more = ", ..." if self.count_without_id > len(self.without_id) else ""
+            one = self.count_without_id == 1
+            what = "1 row has" if one else f"{self.count_without_id} rows have"
+            them = "this row" if one else "these rows"
             raise CorpusError(
-                f"{self.count_without_id} rows have no id (null or empty) in the column "
-                f"{self.layout.source.id!r}: {', '.join(self.without_id)}{more}. Give each row an "
-                "id of its own, or remove these rows.",
+                f"{what} no id (null or empty) in the column {self.layout.source.id!r}: "
+                f"{', '.join(self.without_id)}{more}. Give each row an id of its own, or remove "
+                f"{them}.",
                 rows=self.count_without_id,
             )
 
@@ -192,14 +199,20 @@ class _Sift:
         spaces: Any = pc.utf8_is_space(texts)
         blank = _empty(texts) | spaces.fill_null(False).to_numpy(zero_copy_only=False)
         found = np.flatnonzero(blank)
-        return self._drop(rows, [int(row) for row in found], "blank text")
+        return self._drop(rows, [int(row) for row in found], "blank text", self.notes.skip)
 
-    def _drop(self, rows: pa.RecordBatch, unfit: list[int], reason: str) -> pa.RecordBatch:
-        """`rows` without those that are `unfit`, which are noted."""
+    def _drop(
+        self,
+        rows: pa.RecordBatch,
+        unfit: list[int],
+        reason: str,
+        note: Callable[[str, str], None] | None = None,
+    ) -> pa.RecordBatch:
+        """`rows` without those that are `unfit`, each with a `note`: by default, as failed."""
         if not unfit:
             return rows
         for key in rows.column(self.layout.source.id).take(pa.array(unfit)).to_pylist():
-            self.notes.skip(reason, str(key))
+            (note or self.notes.fail_row)(reason, str(key))
         kept = np.ones(rows.num_rows, dtype=bool)
         kept[unfit] = False
         return rows.filter(pa.array(kept))
@@ -236,15 +249,21 @@ def _not_unicode(array: "pa.Array[Any]") -> list[int]:
     return [row for row, one in enumerate(rows) if _not_unicode(one)]
 
 
-def _parts(source: TableSource) -> list[Part]:
-    """The files of the corpus, in order."""
+def _parts(source: TableSource, skip_paths: frozenset[Path]) -> list[Part]:
+    """The files of the corpus, in order; none of a folder that is empty."""
     path = Path(source.path)
     if not path.exists():
         raise SettingsError(f"There is nothing at source.path: {path.absolute()}.", path=str(path))
+    real = path.resolve()
+    if not skip_paths.isdisjoint((real, *real.parents)):
+        raise SettingsError(
+            f"source.path: {path} is where the index or its state is kept; name another one.",
+            path=str(path),
+        )
     if not path.is_dir() or path.suffix.lower() == ".lance":
         return [_kind(path)(path, source)]
     parts: list[Part] = []
-    for file in _files(path, ()):
+    for file in _files(path, (), skip_paths):
         kind = _kind(file)
         if parts and not isinstance(parts[0], kind):
             raise SettingsError(
@@ -253,23 +272,18 @@ def _parts(source: TableSource) -> list[Part]:
                 path=str(path),
             )
         parts.append(kind(file, source))
-    if not parts:
-        raise SettingsError(
-            f"The folder at source.path holds no table: {path.absolute()}. {_supported()}",
-            path=str(path),
-        )
     return parts
 
 
-def _files(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
-    """The files below `folder`, sorted; links are followed, but never in a circle."""
+def _files(folder: Path, above: tuple[str, ...], skip_paths: frozenset[Path]) -> Iterator[Path]:
+    """The files below `folder`, sorted; links are followed, but never in a circle or to ours."""
     real = os.path.realpath(folder)
     if real in above:
         return
     with reading(folder, "Make it readable."):
         entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
     for entry in entries:
-        if entry.name.startswith((".", "_")):
+        if entry.name.startswith((".", "_")) or (skip_paths and entry.resolve() in skip_paths):
             continue
         if not entry.is_dir():
             yield entry
@@ -278,7 +292,7 @@ def _files(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
                 f"{entry} is a LanceDB table, which source.path must name itself.", path=str(entry)
             )
         else:
-            yield from _files(entry, (*above, real))
+            yield from _files(entry, (*above, real), skip_paths)
 
 
 def _kind(path: Path) -> type[Part]:

@@ -212,8 +212,11 @@ class Tree:
 
 
 def _note(notes: ReadNotes, trouble: str, name: str) -> None:
-    notes.skip(trouble, os.fsencode(name).decode(errors="replace"))
     if trouble == "unreadable":
+        notes.fail(trouble, name)
+        return
+    notes.skip(trouble, os.fsencode(name).decode(errors="replace"))
+    if trouble == "broken link":  # what it led to may come back; until then its rows stay
         notes.unread.append(name)
 
 
