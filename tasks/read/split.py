@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,6 +92,10 @@ _BORDERS = [
 """Where a section may end, best first."""
 
 
+_MARKS = re.compile(r"^ {0,3}(?:(?P<fence>```|~~~)|#{1,6}\s)", re.MULTILINE)
+"""A heading of Markdown, or the border of a block of code, in which a # is none."""
+
+
 class Piece(NamedTuple):
     """One chunk of a document.
 
@@ -161,7 +166,8 @@ class Splitter:
         room = self.limit - self.limit // 16
         overlap = min(self.split.overlap_tokens * BYTES_PER_TOKEN, room - 1)
         covered = 0
-        for begin, section in _sections(text):
+        sections = _headed(_sections(text)) if kind == "markdown" else _sections(text)
+        for begin, section in sections:
             usable = kind if kind not in _GRAMMARS or _is_shallow(kind, section) else "text"
             for offset, chunk in _engine(usable, room, overlap).chunk_indices(section):
                 start, end = begin + offset, begin + offset + len(chunk)
@@ -222,6 +228,25 @@ def _sections(text: str) -> Iterator[tuple[int, str]]:
         yield start, text[start:end]
         start = end
     yield start, text[start:]
+
+
+def _headed(sections: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """The sections of a Markdown text, each cut again before its headings.
+
+    The library fills a chunk up with what follows, so that two short sections of different
+    matters would share a vector.
+    """
+    for begin, section in sections:
+        starts, fence = [0], ""
+        for found in _MARKS.finditer(section):
+            mark = found["fence"]
+            if not mark and not fence:
+                starts.append(found.start())
+            elif mark and fence in {"", mark[0]}:
+                fence = "" if fence else mark[0]
+        for start, end in itertools.pairwise([*starts, len(section)]):
+            if start < end:
+                yield begin + start, section[start:end]
 
 
 def _border(text: str, first: int, last: int) -> int:
