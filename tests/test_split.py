@@ -271,7 +271,7 @@ def test_the_version_names_library_and_grammars() -> None:
 
 
 def test_sections_of_markdown_do_not_share_a_chunk() -> None:
-    one, two = "word " * 30, "other " * 30
+    one, two = "word " * 60, "other " * 60
     text = f"# One\n\n{one}\n\n```sh\n# no heading {one}\n```\n\n## Two\n\n{two}\n"
     found = [(piece.text[:5], piece.start_line) for piece in pieces("a.md", text, max_tokens=400)]
     assert found == [("# One", 1), ("## Tw", 9)]
