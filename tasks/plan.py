@@ -153,7 +153,7 @@ def require_safe(survey: Survey, overrides: Overrides) -> None:
         SettingsError: The corpus is empty, has shrunk too far, or is cut by another splitter.
     """
     config, compared = survey.config, survey.compared
-    if not survey.keyed.table.rows and not compared.indexed:
+    if not survey.keyed.table.rows and open_index(config.index) is None:
         seen = ", ".join(f"{count} {why}" for why, count in survey.keyed.notes.skipped.items())
         raise SettingsError(
             f"source.path: there is nothing to index in {config.source.path}"

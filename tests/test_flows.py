@@ -238,6 +238,7 @@ def test_an_emptied_corpus_empties_the_index_when_told_to(home: Path) -> None:
         document.unlink()
     report = reindexed(home, Overrides(settings=["index.max_deleted_fraction=1"]))
     assert (report.chunks.deleted, texts_in_index(home)) == (5, {})
+    assert reindexed(home).published == "none"
 
 
 def test_an_unreadable_document_keeps_its_rows_and_the_run_says_so(home: Path) -> None:
