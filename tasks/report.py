@@ -219,7 +219,7 @@ def report_rows(report: RunReport) -> list[Row]:
     if report.unreadable_answers:
         rows.append(("set aside", f"{report.unreadable_answers:,} unreadable journal files"))
     if report.held:
-        rows.append(("kept unread", f"{report.held:,} chunks of documents that cannot be read"))
+        rows.append(("kept unread", f"{report.held:,} (in the index, not readable in the corpus)"))
     rows += skipped_rows(report.skipped, report.examples)
     if report.error:
         rows.append(("error", report.error))
