@@ -119,8 +119,9 @@ def compare(
     change[other_text] = "changed"
     change[new] = "added"
 
-    stays = _held_rows(index, held)
-    unread = _held_rows(index, replace(held, narrow=None)) & ~in_corpus
+    could_not_be_read = _held_rows(index, replace(held, narrow=None))
+    stays = could_not_be_read if held.narrow is None else _held_rows(index, held)
+    unread = could_not_be_read & ~in_corpus
     gone = np.flatnonzero(~in_corpus & ~stays)
     fate = np.full(len(gone), "deleted", dtype=object)
     if kind == "files":

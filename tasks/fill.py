@@ -14,7 +14,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.keys import NO_DOCUMENT, KeySet, document_key, first_of_each, identified, key_columns
+from tasks.keys import (
+    NO_DOCUMENT,
+    KeySet,
+    digest_column,
+    document_key,
+    document_keys,
+    first_of_each,
+    identified,
+)
 from tasks.limits import Limits, Packer
 from tasks.read import Reader, ReadNotes
 from tasks.schemas import (
@@ -107,12 +115,12 @@ class Filling:
             whose = changes.take(pa.array(lost)).column("document_key").to_pylist()
             documents = {key for key in whose if key != NO_DOCUMENT}
             unsettled = len(documents) + whose.count(NO_DOCUMENT)
-            held = pa.array(sorted(documents), HASH)
+            held = KeySet(pa.array(sorted(documents), HASH))
             rows = TableRef.write(
                 self._folder / "settled-rows.arrow",
                 schema,
                 (
-                    _without(batch, key_columns(batch)["document_key"], held)
+                    _without(batch, document_keys(batch.column("document")), held)
                     for batch in rows.batches(schema)
                 ),
             )
@@ -132,18 +140,20 @@ class Filling:
         if not len(self._keys):
             return
         documents = set(self._changes.column("document_key").unique().to_pylist())
+        changes = self._changes.select(["text_hash", "document_key"])
         chunks = self._reader.chunks(
             ReadNotes(), wanted=lambda document: document_key(document) in documents
         )
         for rows in identified(chunks, self._reader.metadata):
-            keys = key_columns(rows)
-            at = self._keys.positions(keys["key"])
+            keys = digest_column(rows.column("id"))
+            at = self._keys.positions(keys)
             once = np.zeros(len(at), dtype=bool)
-            once[first_of_each(keys["key"])] = True
+            once[first_of_each(keys)] = True
             fits = once & (at >= 0)
-            planned = self._changes.take(pa.array(np.where(fits, at, 0)))
+            planned = changes.take(pa.array(np.where(fits, at, 0)))
             fits &= _equal(rows.column("text_hash"), planned.column("text_hash"))
-            fits &= _equal(keys["document_key"], planned.column("document_key"))
+            documents_of_rows = document_keys(rows.column("document"))
+            fits &= _equal(documents_of_rows, planned.column("document_key"))
             fits[fits] &= ~self._seen[at[fits]]
             self._seen[at[fits]] = True
             if fits.any():
@@ -181,6 +191,6 @@ def _equal(left: pa.Array, right: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
 
 
 def _without(
-    table: pa.Table | pa.RecordBatch, documents: pa.Array | pa.ChunkedArray, held: pa.Array
+    table: pa.Table | pa.RecordBatch, documents: pa.Array | pa.ChunkedArray, held: KeySet
 ) -> pa.Table | pa.RecordBatch:
-    return table.filter(pa.array(~KeySet(held).holds(documents)))
+    return table.filter(pa.array(~held.holds(documents)))

@@ -106,11 +106,16 @@ class _IdsOfFiles:
         return pa.array(ids, pa.utf8())
 
 
+def document_keys(documents: pa.Array) -> pa.Array:
+    """The document key of each row, each name hashed once."""
+    names = documents.dictionary_encode()
+    by_name = hash_column([document_key(name) for name in names.dictionary.to_pylist()])
+    return pc.fill_null(by_name.take(names.indices), pa.scalar(NO_DOCUMENT, HASH))
+
+
 def key_columns(rows: pa.RecordBatch) -> dict[str, pa.Array]:
     """The columns `key`, `document_key` and `row_hash` for rows with id, document, metadata."""
-    names = rows.column("document").dictionary_encode()
-    by_name = hash_column([document_key(name) for name in names.dictionary.to_pylist()])
-    documents = pc.fill_null(by_name.take(names.indices), pa.scalar(NO_DOCUMENT, HASH))
+    documents = document_keys(rows.column("document"))
     # By name: columns in another order are the same row.
     names_of_metadata = sorted(field.name for field in metadata_fields(rows.schema))
     metadata = [rows.column(name) for name in names_of_metadata]

@@ -1,5 +1,6 @@
 """The ledger: every run and every provider call, two LanceDB tables under `state.uri`."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
@@ -55,7 +56,7 @@ class Ledger:
 
         table = self._open("ledger")
         rows = [] if table is None else table.to_arrow().column("report").to_pylist()
-        frame = pd.json_normalize([_parsed(row) for row in rows])
+        frame = pd.json_normalize([json.loads(row) for row in rows])
         return frame.sort_values("started_at", ignore_index=True) if len(frame) else frame
 
     def calls(self) -> "pd.DataFrame":
@@ -75,9 +76,3 @@ class Ledger:
         table = connection.create_table(name, schema=schema, exist_ok=True)
         merge = table.merge_insert(key).when_not_matched_insert_all()
         merge.execute(pa.Table.from_pylist(rows, schema=schema))
-
-
-def _parsed(report: str) -> dict[str, object]:
-    import json  # noqa: PLC0415
-
-    return dict(json.loads(report))

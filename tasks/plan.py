@@ -135,11 +135,11 @@ def require_runnable(config: Config, overrides: Overrides) -> None:
     Raises:
         SettingsError: Provider, source, index or state cannot be what the config says.
     """
-    open_embedder(config)
+    provider = open_embedder(config)
     open_reader(config, overrides)
     table = open_index(config.index)
     if table is not None:
-        require_space(table, config.index, open_provider(config).space)
+        require_space(table, config.index, provider.space)
     for key, folder in (("index.uri", config.index.uri), ("state.uri", config.state.uri)):
         existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

@@ -18,7 +18,7 @@ from tasks.index import Identity, committing, generations, open_index, tag_gener
 from tasks.keys import KeySet, digest_column, first_of_each
 from tasks.lance import quoted, read_batches, writing
 from tasks.params import Index
-from tasks.schemas import DELETIONS, TableRef, metadata_fields, rows_schema
+from tasks.schemas import DELETIONS, HASH, TableRef, metadata_fields, rows_schema
 from tasks.stage import stage
 
 MERGE_BYTES = 192 * 2**20
@@ -79,9 +79,9 @@ def publish(
         EmbedOnceError: A vector is missing; nothing was published.
     """
     metadata = metadata_fields(rows.schema())
-    _refuse_repeated(rows, metadata)
-    for batch in rows.batches(rows_schema(metadata)):  # LanceDB would hide the error in its own
-        cache.require(batch.column("text_hash"))
+    staged = rows.load(rows_schema(metadata))
+    _refuse_repeated(staged.column("id"))
+    cache.require(staged.column("text_hash"))  # LanceDB would hide the error in its own
     table = open_index(index)
     schema = identity.schema(_in_order_of(table, metadata))
     gone = deletions.load(DELETIONS).column("id")
@@ -176,7 +176,7 @@ def _overwrite(
 ) -> Table:
     """Write the table anew: its rows that stay, then the new ones. Old versions stay readable."""
     metadata = metadata_fields(rows.schema())
-    written = [batch.column("id") for batch in rows.batches(rows_schema(metadata))]
+    written = rows.load(rows_schema(metadata)).column("id").chunks
     leaving = [*written, *deletions.load(DELETIONS).column("id").chunks]
     keys = KeySet(digest_column(pa.chunked_array(leaving, pa.utf8())))
 
@@ -216,15 +216,13 @@ def _with_vectors(
         yield pa.record_batch(columns, schema=schema)
 
 
-def _refuse_repeated(rows: TableRef, metadata: list[pa.Field]) -> None:
+def _refuse_repeated(ids: pa.ChunkedArray) -> None:
     """The primary key does not stop duplicates inside one commit, so this does."""
-    keys = [digest_column(batch.column("id")) for batch in rows.batches(rows_schema(metadata))]
-    if not keys:
-        return
-    once = len(first_of_each(pa.chunked_array(keys)))
-    if once != rows.rows:
+    keys = pa.chunked_array([digest_column(chunk) for chunk in ids.chunks], HASH)
+    once = len(first_of_each(keys))
+    if once != len(ids):
         raise CorpusError(
-            f"{rows.rows - once} rows to publish repeat an id of another. Nothing was published; "
+            f"{len(ids) - once} rows to publish repeat an id of another. Nothing was published; "
             "give each chunk an id of its own."
         )
 

@@ -7,6 +7,7 @@ for the whole.
 import io
 import re
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def _slices(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(ABC):
     """One file or table of the corpus.
 
     Attributes:
@@ -124,14 +125,15 @@ class Part:
     source: TableSource
     sparse: ClassVar[bool] = False
 
+    @abstractmethod
     def schema(self) -> pa.Schema:
         """The columns, without reading all rows.
 
         Raises:
             CorpusError: The file cannot be read.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """All rows, in order, with at least the columns of `schema`.
 
@@ -140,7 +142,6 @@ class Part:
         Raises:
             CorpusError: The file cannot be read to its end.
         """
-        raise NotImplementedError
 
 
 class ParquetPart(Part):
