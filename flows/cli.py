@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,6 +41,9 @@ NarrowOption = Annotated[
 AcceptOption = Annotated[
     bool, typer.Option("--accept-splitter", help="Cut documents with another splitter version.")
 ]
+RetryOption = Annotated[
+    bool, typer.Option("--retry-quarantined", help="Send texts again that were refused before.")
+]
 
 
 @app.command()
@@ -49,6 +52,7 @@ def reindex(
     settings: SetOption = [],  # noqa: B006
     narrow: NarrowOption = "",
     accept_splitter: AcceptOption = False,
+    retry_quarantined: RetryOption = False,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write the run report here.")
     ] = None,
@@ -56,10 +60,15 @@ def reindex(
     """Bring the index in step with the corpus: plan, embed, publish, report."""
     from tasks.params import Overrides, load_config  # noqa: PLC0415
     from tasks.plan import require_runnable  # noqa: PLC0415
-    from tasks.report import as_text, headline, report_rows  # noqa: PLC0415
+    from tasks.summary import as_text, headline, report_rows  # noqa: PLC0415
 
     _require_file(report)
-    overrides = Overrides(narrow=narrow, accept_splitter=accept_splitter, settings=settings)
+    overrides = Overrides(
+        narrow=narrow,
+        accept_splitter=accept_splitter,
+        retry_quarantined=retry_quarantined,
+        settings=settings,
+    )
     loaded = load_config(config, settings)
     require_runnable(loaded, overrides)  # a mistake is told before Prefect is started
     with _prefect_log(Path(loaded.state.uri) / "logs", "reindex") as console, _bar(console):
@@ -69,8 +78,11 @@ def reindex(
     print(headline(done))
     print(as_text(report_rows(done)))
     _write(report, done.model_dump_json(indent=2))
-    if done.state == "incomplete":
+    if done.incomplete:
         print("Something could not be read; see `skipped` above.", file=sys.stderr)
+    if done.chunks.quarantined:
+        print("Some texts are refused by the provider; see `left out` above.", file=sys.stderr)
+    if done.incomplete or done.chunks.quarantined:
         raise typer.Exit(INCOMPLETE)
 
 
@@ -80,6 +92,7 @@ def plan(
     settings: SetOption = [],  # noqa: B006
     narrow: NarrowOption = "",
     accept_splitter: AcceptOption = False,
+    retry_quarantined: RetryOption = False,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write the plan here.")
     ] = None,
@@ -90,10 +103,15 @@ def plan(
     import_lancedb()
     from tasks.params import Overrides, load_config  # noqa: PLC0415
     from tasks.plan import make_plan, plan_rows  # noqa: PLC0415
-    from tasks.report import as_text  # noqa: PLC0415
+    from tasks.summary import as_text  # noqa: PLC0415
 
     _require_file(json)
-    overrides = Overrides(narrow=narrow, accept_splitter=accept_splitter, settings=settings)
+    overrides = Overrides(
+        narrow=narrow,
+        accept_splitter=accept_splitter,
+        retry_quarantined=retry_quarantined,
+        settings=settings,
+    )
     planned = make_plan(load_config(config, settings), overrides)
     print(f"Plan for {planned.name}")
     print(as_text(plan_rows(planned)))
@@ -134,6 +152,37 @@ def history(config: ConfigPath, settings: SetOption = []) -> None:  # noqa: B006
     from tasks.params import load_config  # noqa: PLC0415
 
     print(as_lines(runs_of(load_config(config, settings))))
+
+
+@app.command()
+def simulate(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8765,
+    settings: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting, say tier=free or surprise=2."),
+    ] = [],  # noqa: B006
+    rules: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="Faults: a list of rules.")
+    ] = None,
+) -> None:
+    """Serve a copy of the Voyage API on 127.0.0.1, to rehearse limits and failures."""
+    from tasks.simulator import Simulator, read_rules, read_settings, serve  # noqa: PLC0415
+
+    ran: list[Simulator] = []
+
+    def ready(simulator: Simulator) -> None:
+        ran.append(simulator)
+        print(f"A copy of the Voyage API serves at {simulator.base_url} until Ctrl-C.")
+        print("Point a config at it with embedding.base_url; any VOYAGE_API_KEY will do.")
+        print(f"What was asked of it: {simulator.base_url.removesuffix('/v1')}/_sim/ledger")
+        sys.stdout.flush()
+
+    serve(read_settings(port, settings), read_rules(rules), ready)
+    totals = ran[0].ledger.totals()
+    print(
+        f"{totals['calls']:,} calls ({totals['ok']:,} ok), {totals['billed_tokens']:,} tokens, "
+        f"${totals['usd']:.4f} at list price."
+    )
 
 
 @app.command()
@@ -260,11 +309,11 @@ def _bar(console: int) -> Iterator[None]:
         task = bar.add_task("starting", total=None)
 
         def show(progress: Progress) -> None:
+            counts: dict[str, Any] = {"completed": progress.done, "total": progress.total or None}
             bar.update(
                 task,
-                description=progress.stage,
-                completed=progress.done,
-                total=progress.total or None,
+                description=progress.note or progress.stage,
+                **({} if progress.note else counts),
             )
 
         with bar, listening(show):

@@ -6,13 +6,13 @@ read → fingerprint → compare → lookup → pack → embed, a batch a task �
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from prefect import Task, flow, task, unmapped
+from prefect import Task, flow, get_run_logger, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import flow_run, task_run
@@ -22,49 +22,58 @@ from prefect.tasks import exponential_backoff
 
 from tasks.artifacts import ProgressArtifact, publish_report
 from tasks.embed import Embedded, embed_batch, retry_when_busy
-from tasks.errors import EmbedOnceError, SettingsError
+from tasks.errors import EmbedOnceError, RunStopped, SettingsError
 from tasks.fill import Filled, Filling
 from tasks.index import adopt, held, vectors_of
-from tasks.journal import About, Recovered, RunFolder, fold, recover, unfolded_answers
+from tasks.journal import About, Refused, RunFolder, fold, unfolded_answers
 from tasks.ledger import Ledger
-from tasks.params import Config, Overrides, TableSource, load_config
+from tasks.limiter import LimiterStatistics
+from tasks.params import Config, Overrides, TableSource, configured
 from tasks.plan import Survey, require_runnable, require_safe, survey
 from tasks.progress import Progress, listening, tell
-from tasks.providers import Provider
 from tasks.publish import publish
 from tasks.read.frames import write_frame
-from tasks.report import RunReport, headline, ledger_row
-from tasks.run import Clock, about_run, died_report, ended_report, finished_report
+from tasks.recover import Recovered, recover
+from tasks.report import RunReport, ledger_row
+from tasks.run import (
+    Clock,
+    about_run,
+    ended_report,
+    finished_report,
+    record_death,
+    record_notes,
+    settle_quarantine,
+)
 from tasks.schemas import Batch
+from tasks.sender import Sender, Terms, forget_sender, sender_of
+from tasks.summary import headline
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FOLD_TEXTS = 20_000
 """Answers are folded into the cache in groups of about so many vectors."""
+LEFT_OUT_STATES = ("incomplete", "quarantined")
 WAVE = 2
-"""Batches mapped at once, by concurrency; at most two waves are in flight."""
+"""Batches mapped at once, by concurrency; so many more may be in flight."""
 
 
 @task(
     name="embed batch",
-    task_run_name="embed batch {batch.number} of {batch.of}",
-    retries=5,
-    retry_delay_seconds=exponential_backoff(backoff_factor=2),
+    task_run_name="embed batch {batch.number}",
+    retries=7,  # 1 + 2 + 4 + … + 64 s: two minutes; what lasts longer ends the run
+    retry_delay_seconds=exponential_backoff(backoff_factor=1),
     retry_jitter_factor=0.5,
     retry_condition_fn=retry_when_busy,
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def embed(
-    batch: Batch, provider: Provider, folder: RunFolder, usd_per_million_tokens: float
-) -> Embedded:
-    """Embed one batch in one call; see `embed_batch`."""
-    attempt = int(task_run.run_count)
-    return embed_batch(batch, provider, folder, usd_per_million_tokens, attempt)
+def embed(batch: Batch, terms: Terms) -> Embedded:
+    """Embed one batch; see `embed_batch`. A retry sends what is still missing."""
+    return embed_batch(batch, terms, attempt=int(task_run.run_count))
 
 
-EmbedTask = Task[[Batch, Provider, RunFolder, float], Embedded]
+EmbedTask = Task[[Batch, Terms], Embedded]
 
 THREADS: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=1024)
 """A task that waits for its retry keeps its thread, so there are far more threads than calls
@@ -87,32 +96,30 @@ def reindex(config: str, overrides: Overrides = Overrides()) -> Any:
     Returns:
         What the run did, a `RunReport`; also an artifact of the run.
     """
-    settings = load_config(config, overrides.settings)
+    settings = configured(config, overrides)
     require_runnable(settings, overrides)
     folder = RunFolder(settings.state.uri, str(flow_run.id))
-    ledger = Ledger(settings.state.uri)
     clock = Clock(datetime.now(tz=UTC))
     about = about_run(settings, folder.run_id, clock)
     with ExitStack() as stack:
         stack.enter_context(held(settings.index, folder.run_id))
-        recovered = recover(
-            settings.state.uri,
-            ledger.record_calls,
-            lambda dead, calls: ledger.record_run(ledger_row(died_report(dead, calls))),
-        )
+        recovered = recover(settings.state.uri, record_death)
         adopt(settings.index)
         stack.enter_context(folder.alive(about))
+        stack.enter_context(_waits_logged())
         try:
             report = _reindex(
                 settings, overrides, folder, recovered=recovered, clock=clock, about=about
             )
         except EmbedOnceError as error:
             failed = ended_report(about, folder.calls(), "failed", str(error), clock.total())
-            _close(failed, folder, ledger)
+            _close(failed, folder)
             raise
-        _close(report, folder, ledger)
-    if report.state == "incomplete":
-        return Completed(name="Incomplete", message=headline(report), data=report)
+        finally:
+            forget_sender(folder)
+        _close(report, folder)
+    if report.state in LEFT_OUT_STATES:
+        return Completed(name=report.state.title(), message=headline(report), data=report)
     return report
 
 
@@ -136,7 +143,7 @@ def run_frame(config: str, frame: "pd.DataFrame", overrides: Overrides = Overrid
     Raises:
         EmbedOnceError: As in `run`, and where a column cannot be stored.
     """
-    settings = load_config(config, overrides.settings)
+    settings = configured(config, overrides)
     if not isinstance(settings.source, TableSource):
         raise SettingsError("source.kind: a frame needs a config whose source is a table.")
     with tempfile.TemporaryDirectory(prefix="embed-once-frame-") as folder:
@@ -161,7 +168,8 @@ def _reindex(
     require_safe(found, overrides)
     with clock.stage("embed"):
         _take_up_known(found)
-        filled = _embed_all(found, folder)
+        filled, refused, sent = _embed_all(found, folder)
+        reasons = settle_quarantine(found, overrides, refused, folder.run_id)
     tell(Progress("publishing"))
     with clock.stage("publish"):
         published = publish(
@@ -179,6 +187,8 @@ def _reindex(
         published=published,
         recovered=recovered,
         calls=folder.calls(),
+        sent=sent,
+        reasons=reasons,
         about=about,
         clock=clock,
     )
@@ -192,7 +202,9 @@ def _take_up_known(found: Survey) -> None:
     found.cache.remember(answer.table for answer in others)
 
 
-def _embed_all(found: Survey, folder: RunFolder, embed: EmbedTask = embed) -> Filled:
+def _embed_all(
+    found: Survey, folder: RunFolder, embed: EmbedTask = embed
+) -> tuple[Filled, list[Refused], LimiterStatistics]:
     """Embed what nobody has paid for; the next batches fill while these are in flight.
 
     Args:
@@ -200,65 +212,86 @@ def _embed_all(found: Survey, folder: RunFolder, embed: EmbedTask = embed) -> Fi
         folder: The run's folder, with its journal.
         embed: The task to map, if not with its usual retries.
 
+    Returns:
+        What publish needs, the texts that were refused, and what the limiter did.
+
     Raises:
         EmbedOnceError: A batch failed for good. All answers that came are in the cache.
     """
+    config = found.config
+    terms = Terms(
+        found.provider,
+        folder,
+        found.facts.usd_per_million_tokens,
+        on_error=config.on_error,
+        max_wait_s=config.limits.max_wait,
+        shared=config.limits.shared,
+    )
+    sender = sender_of(terms)
     filling = Filling(
         reader=found.reader,
         changes=found.compared.changes,
         deletions=found.compared.deletions,
         packed=found.packed.table,
-        batches=found.packed.batches,
-        limits=found.provider.limits,
+        sizes=sender,
         folder=folder.staging,
     )
     size = WAVE * found.provider.limits.concurrency
     progress = ProgressArtifact(found.config.name) if found.packed.texts else None
-    collected = _Collected(folder, found)
+    collected = _Collected(folder, found, sender)
     with ExitStack() as stack:
         if progress is not None:
             stack.enter_context(listening(progress))
-        flying: Sequence[PrefectFuture[Embedded]] = []
         for wave in _waves(filling.batches(), size):
-            futures = embed.map(
-                wave,
-                unmapped(found.provider),
-                unmapped(folder),
-                unmapped(found.facts.usd_per_million_tokens),
-            )
-            collected.take(flying)
-            flying = futures
+            collected.flying += embed.map(wave, unmapped(terms))
+            # The first answer comes before the second wave fills, and tells how large it may be.
+            collected.take(down_to=0 if len(wave) == 1 else size)
             if collected.failed:
                 break
-        collected.take(flying)
+        collected.take(down_to=0)
     collected.finish()
-    return filling.finish()
+    sender.save()
+    filled = filling.finish(found.refused(collected.refused))
+    return filled, collected.refused, sender.limiter.statistics()
 
 
 class _Collected:
     """Answers as they come in: folded in groups, failures kept for the end."""
 
-    def __init__(self, folder: RunFolder, found: Survey) -> None:
+    def __init__(self, folder: RunFolder, found: Survey, sender: Sender) -> None:
         self._folder = folder
         self._found = found
+        self._sender = sender
         self._unfolded: list[Path] = []
         self._waiting = 0
         self._done = 0
+        self.flying: list[PrefectFuture[Embedded]] = []
+        self.refused: list[Refused] = []
         self.failed: list[Exception] = []
 
-    def take(self, futures: Sequence[PrefectFuture[Embedded]]) -> None:
-        """Wait for `futures` and keep what they bring."""
-        for future in as_completed(list(futures)):
+    def take(self, down_to: int) -> None:
+        """Keep what comes in, until at most so many batches are in flight."""
+        if len(self.flying) <= down_to:
+            return
+        for future in as_completed(list(self.flying)):
+            self.flying.remove(future)
             outcome = future.result(raise_on_failure=False)
-            if not isinstance(outcome, Embedded):
+            if isinstance(outcome, Embedded):
+                self._keep(outcome)
+            elif not isinstance(outcome, RunStopped):
                 self.failed.append(outcome)
-                continue
-            self._unfolded.append(outcome.answer)
-            self._waiting += outcome.texts
-            self._done += outcome.texts
-            tell(Progress("embedding", self._done, self._found.packed.texts))
-            if self._waiting >= FOLD_TEXTS:
-                self._fold()
+                self._sender.stop(RunStopped("Another batch has ended the run."))
+            if len(self.flying) <= down_to:
+                return
+
+    def _keep(self, outcome: Embedded) -> None:
+        self._unfolded += outcome.answers
+        self.refused += outcome.refused
+        self._waiting += outcome.texts
+        self._done += outcome.texts + len(outcome.refused)
+        tell(Progress("embedding", self._done, self._found.packed.texts))
+        if self._waiting >= FOLD_TEXTS:
+            self._fold()
 
     def finish(self) -> None:
         """Fold the rest, then say what failed."""
@@ -267,8 +300,8 @@ class _Collected:
             return
         first = self.failed[0]
         raise EmbedOnceError(
-            f"{len(self.failed)} of {self._found.packed.batches} batches failed, the first "
-            f"with: {first} The index is as it was; what was paid for is in the cache. "
+            f"{self._found.config.name}: not all texts could be embedded: {first} The index is as "
+            f"it was; {self._done:,} texts of {self._found.packed.texts:,} are paid for and kept. "
             "Run again: only the rest is embedded."
         ) from first
 
@@ -278,15 +311,30 @@ class _Collected:
 
 
 def _waves(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    """`batches` in lists of `size`; `.map` needs a whole list."""
-    while wave := list(itertools.islice(batches, size)):
+    """`batches` in lists, as `.map` needs a whole one: a single batch, then up to `size`."""
+    length = 1
+    while wave := list(itertools.islice(batches, length)):
         yield wave
+        length = size
 
 
-def _close(report: RunReport, folder: RunFolder, ledger: Ledger) -> None:
+@contextmanager
+def _waits_logged() -> Iterator[None]:
+    """Have the run's log say what it waits for."""
+    logger = get_run_logger()
+
+    def log(progress: Progress) -> None:
+        if progress.note:
+            logger.info("%s", progress.note)
+
+    with listening(log):
+        yield
+
+
+def _close(report: RunReport, folder: RunFolder) -> None:
     """Enter the run in the ledger, then show it."""
     calls = folder.calls()
-    ledger.record_calls(calls)
-    ledger.record_run(ledger_row(report))
-    folder.forget_calls()
+    record_notes(folder, calls)
+    Ledger(folder.state_uri).record_run(ledger_row(report))
+    folder.forget_notes()
     publish_report(report, calls)

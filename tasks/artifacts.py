@@ -16,7 +16,8 @@ from prefect.events import emit_event
 from tasks.journal import Call
 from tasks.plan import Plan, plan_rows
 from tasks.progress import Progress
-from tasks.report import RunReport, as_markdown, headline, report_rows
+from tasks.report import RunReport
+from tasks.summary import as_markdown, headline, report_rows
 
 TABLE_ROWS = 500
 """Most rows of the table of batches; an artifact is one request."""

@@ -76,7 +76,7 @@ class Cache:
             )
 
     def vectors(self, hashes: pa.Array | pa.ChunkedArray) -> pa.FixedSizeListArray:
-        """The vector of each text_hash, in their order: float32, shape (len(hashes), dimension).
+        """The vector of each text_hash, in their order, of the space's `vector_type`.
 
         Raises:
             EmbedOnceError: One of them is not here.
@@ -84,7 +84,7 @@ class Cache:
         self.require(hashes)
         at = self._keys.positions(hashes)
         if self._table is None or not len(at):
-            return pa.array([], vectors_schema(self.space.dimension).field("vector").type)
+            return pa.array([], self.space.vector_type)
         row_ids = np.unique(self._row_ids[at])
         query = self._table.take_row_ids(row_ids.tolist()).select(["text_hash", "vector"])
         found = query.to_arrow()
@@ -95,7 +95,7 @@ class Cache:
         """Keep the vectors of `answers` that are not here yet, in one commit at most.
 
         Args:
-            answers: Tables of `vectors_schema(dimension)`.
+            answers: Tables of `vectors_schema(space.vector_type)`.
 
         Returns:
             Vectors added.
@@ -103,7 +103,7 @@ class Cache:
         tables = list(answers)
         if not tables:
             return 0
-        schema = vectors_schema(self.space.dimension)
+        schema = vectors_schema(self.space.vector_type)
         new = pa.concat_tables([table.cast(schema) for table in tables])
         new = new.take(pa.array(first_of_each(new.column("text_hash"))))
         self.refresh()
@@ -119,7 +119,7 @@ class Cache:
         return int(new.num_rows)
 
     def _create(self) -> Table:
-        text_hash, vector = vectors_schema(self.space.dimension)
+        text_hash, vector = vectors_schema(self.space.vector_type)
         schema = pa.schema(
             [text_hash.with_metadata(PRIMARY_KEY), vector],
             metadata={SPACE: self.space.to_json().encode()},

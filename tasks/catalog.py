@@ -18,6 +18,9 @@ from tasks.params import Embedding, LimitSettings, Settings
 _INSTALLED = Path(__file__).parent / "configs" / "models.yaml"
 _CHECKOUT = Path(__file__).parents[1] / "configs" / "models.yaml"
 
+STORABLE = ("float", "ubinary")
+"""What the index can hold: float for cosine, l2 and dot, packed bits for hamming."""
+
 _Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 _Lengths = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
 
@@ -27,6 +30,10 @@ class Tier(Settings):
 
     requests_per_minute: int | None = Field(default=None, ge=1)
     tokens_per_minute: int | None = Field(default=None, ge=1)
+
+
+FREE_TRIAL = Tier(requests_per_minute=3, tokens_per_minute=10_000)
+"""Every model, for an account without a payment method (Voyage docs, rate limits, 2026)."""
 
 
 class ModelFacts(Settings):
@@ -81,9 +88,11 @@ class ModelFacts(Settings):
             return dimension in self.dimensions
         return self.min_dimension <= dimension <= self.max_dimension
 
-    def tier(self, number: int) -> Tier:
-        """The limits a minute at usage tier `number` (1 to 3)."""
-        return Tier() if self.tiers is None else self.tiers[number]
+    def tier(self, name: int | str) -> Tier:
+        """The limits a minute at usage tier 1, 2 or 3, or "free", without a payment method."""
+        if self.tiers is None:
+            return Tier()
+        return FREE_TRIAL if name == "free" else self.tiers[int(name)]
 
     def usd(self, tokens: int) -> float:
         """List price of `tokens`, in US dollars."""
@@ -159,6 +168,8 @@ def facts_for(embedding: Embedding) -> ModelFacts:
             models=names,
         )
     _check_dimension(embedding.dimension, facts)
+    _check_dtype(embedding.output_dtype, facts)
+    _check_unused(embedding)
     return facts
 
 
@@ -202,6 +213,30 @@ def _check_dimension(dimension: int | None, facts: ModelFacts) -> None:
         dimension=dimension,
         dimensions=facts.dimensions,
     )
+
+
+def _check_dtype(dtype: str, facts: ModelFacts) -> None:
+    offered = [name for name in STORABLE if name in facts.output_dtypes]
+    if dtype not in offered:
+        why = "" if dtype not in facts.output_dtypes else " LanceDB has no index for it."
+        raise SettingsError(
+            f"embedding.output_dtype: {dtype!r} cannot be had of {facts.name!r} and kept here."
+            f"{why} Choose {' or '.join(offered)}.",
+            dtypes=offered,
+        )
+
+
+def _check_unused(embedding: Embedding) -> None:
+    """Refuse what a provider on this machine would silently ignore."""
+    if embedding.provider != "lexical":
+        return
+    given = {"base_url": None, "api_key_block": None, "tokenizer": None, "input_type": "document"}
+    for key, default in given.items():
+        if getattr(embedding, key) != default:
+            raise SettingsError(
+                f"embedding.{key}: {embedding.provider!r} runs on this machine and has no use "
+                "for it; leave it out."
+            )
 
 
 def _within(unit: str, asked: int | None, cap: int, facts: ModelFacts) -> int:

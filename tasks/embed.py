@@ -1,16 +1,42 @@
-"""Embed: one batch of texts becomes vectors. The only step that costs money."""
+"""Embed: one batch of texts becomes vectors. The only step that costs money.
+
+What a call ends with says what happens next: a batch too large is split, a refused one is
+halved until the text that is to blame stands alone, a throttled one waits its turn, and
+what may work later is left to the caller's retries, which send only what is still missing.
+"""
 
 import time
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import ProviderBusy, ProviderError
-from tasks.journal import Call, RunFolder
-from tasks.limits import gate
-from tasks.providers import Answer, Provider, Vectors, checked_vectors
+import numpy as np
+import pyarrow as pa
+
+from tasks.errors import (
+    AnswerRejected,
+    BatchRefused,
+    BatchTooLarge,
+    ProviderBusy,
+    ProviderDenied,
+    ProviderError,
+    ProviderThrottled,
+)
+from tasks.journal import Call, Refused, read_answer
+from tasks.keys import KeySet
+from tasks.limits import Learned, Packer
+from tasks.providers import Answer, Vectors, checked_vectors
 from tasks.schemas import BATCH, Batch
+from tasks.sender import Terms, sender_of
+
+PROOF = "The quick brown fox jumps over the lazy dog."
+PROOF_AFTER = 8
+"""So many texts refused and none taken: see whether the provider takes any text at all."""
+TRUSTED_ATTEMPTS = 2
+"""So often an answer may hold bad vectors before the texts they belong to are blamed."""
 
 
 @dataclass(frozen=True)
@@ -19,84 +45,250 @@ class Embedded:
 
     Attributes:
         batch: Its number, from 1.
-        answer: File in the journal.
+        answers: Files in the journal.
         texts: Texts embedded.
-        tokens: Their estimated tokens.
-        tokens_billed: By the provider's word.
-        attempts: Calls it took.
-        seconds: How long the call that brought the answer took.
+        refused: Texts that no call will embed.
     """
 
     batch: int
-    answer: Path
+    answers: tuple[Path, ...]
     texts: int
-    tokens: int
-    tokens_billed: int
-    attempts: int
-    seconds: float
+    refused: tuple[Refused, ...]
 
 
-def embed_batch(
-    batch: Batch, provider: Provider, folder: RunFolder, usd_per_million_tokens: float, attempt: int
-) -> Embedded:
-    """Embed every text of `batch` in one call, and make the answer durable.
+def embed_batch(batch: Batch, terms: Terms, attempt: int) -> Embedded:
+    """Embed every text of `batch`, and make each answer durable as it comes.
 
     Args:
-        batch: Distinct texts, within what one call takes.
-        provider: Who embeds; no retries of its own.
-        folder: The run's folder, with its journal.
-        usd_per_million_tokens: List price.
-        attempt: How often this batch was tried, from 1.
+        batch: Distinct texts, about as many as one call takes.
+        terms: What all batches of the run share.
+        attempt: How often this batch was tried, from 1. What earlier attempts brought is
+            not sent again.
 
     Raises:
-        ProviderBusy: The same call may work later; nothing was stored.
-        BatchTooLarge: The batch must be split.
-        BatchRefused: A text in it is bad.
+        ProviderBusy: The rest of the batch may work later.
+        BatchRefused: A text is refused, and `terms.on_error` is "fail_fast".
         ProviderDenied: No call can work.
     """
-    rows = batch.table.load(BATCH)
-    texts = rows.column("text").to_pylist()
-
-    def call(status: str, seconds: float, answer: Answer | None) -> Call:
-        billed = answer.billed_tokens if answer else 0
-        return Call(
-            run_id=folder.run_id,
-            batch=batch.number,
-            attempt=attempt,
-            status=status,
-            started_at=started_at,
-            seconds=seconds,
-            texts=len(texts),
-            tokens_estimated=batch.tokens,
-            tokens_billed=billed,
-            usd=billed * usd_per_million_tokens / 1e6,
-            request_id=answer.request_id if answer else "",
-        )
-
-    with gate(folder.run_id, provider.limits.concurrency).slot():
-        started_at, started = datetime.now(tz=UTC).isoformat(), time.perf_counter()
-        answer: Answer | None = None
-        try:
-            answer = provider.embed(texts)
-            vectors: Vectors = checked_vectors(answer, len(texts), provider)
-        except ProviderError as error:
-            folder.note(call(type(error).__name__, time.perf_counter() - started, answer))
-            raise
-        seconds = time.perf_counter() - started
-
-    hashes = rows.column("text_hash").combine_chunks()
-    path = folder.write_answer(hashes, vectors, provider.space, call("ok", seconds, answer))
-    return Embedded(
-        batch=batch.number,
-        answer=path,
-        texts=len(texts),
-        tokens=batch.tokens,
-        tokens_billed=answer.billed_tokens,
-        attempts=attempt,
-        seconds=seconds,
-    )
+    return _Embedding(batch, terms, attempt).run()
 
 
 def retry_when_busy(_task: Any, _task_run: Any, state: Any) -> bool:
     """Ask again only when that can help. Prefect ignores anything but a plain function here."""
     return isinstance(state.result(raise_on_failure=False), ProviderBusy)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a batch that go into one call, and why they do."""
+
+    rows: pa.Table
+    cause: str
+    texts: list[str] = field(repr=False)
+
+    @classmethod
+    def of(cls, rows: pa.Table, cause: str) -> "_Part":
+        return cls(rows, cause, rows.column("text").to_pylist())
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, positions: Sequence[int], cause: str) -> "_Part":
+        return _Part.of(self.rows.take(pa.array(positions, pa.int64())), cause)
+
+    def halves(self, cause: str) -> list["_Part"]:
+        middle = (len(self) + 1) // 2
+        return [self.take(range(middle), cause), self.take(range(middle, len(self)), cause)]
+
+
+class _Embedding:
+    """One attempt at one batch."""
+
+    def __init__(self, batch: Batch, terms: Terms, attempt: int) -> None:
+        self._batch = batch
+        self._terms = terms
+        self._attempt = attempt
+        self._provider = terms.provider
+        self._folder = terms.folder
+        self._sender = sender_of(terms)
+        self._calls = 0
+        self._suspects: list[tuple[_Part, str]] = []
+        self._refused: list[Refused] = []
+
+    def run(self) -> Embedded:
+        rows = self._unanswered(self._batch.table.load(BATCH))
+        todo: deque[_Part] = deque()
+        if rows.num_rows:
+            todo.append(_Part.of(rows, "first" if self._attempt == 1 else "retry"))
+        try:
+            while todo:
+                todo.extendleft(reversed(self._send(todo.popleft())))
+        except ProviderBusy:
+            if self._sender.works:
+                self._judge()  # what is known of them need not be found out again
+            raise
+        self._judge()
+        return Embedded(
+            self._batch.number,
+            tuple(self._folder.answers_of(self._batch.number)),
+            texts=self._batch.table.rows - len(self._refused),
+            refused=tuple(self._refused),
+        )
+
+    def _unanswered(self, rows: pa.Table) -> pa.Table:
+        """The rows that no earlier attempt has settled."""
+        if self._attempt == 1:
+            return rows
+        known = [
+            answer.table.column("text_hash").combine_chunks()
+            for path in self._folder.answers_of(self._batch.number)
+            if (answer := read_answer(path)) is not None
+        ]
+        refused = self._folder.refused().get(self._provider.space.id, {})
+        hashes = rows.column("text_hash").to_pylist()
+        self._refused = [refused[each] for each in hashes if each in refused]
+        settled = pa.array([text.text_hash for text in self._refused], BATCH.field(0).type)
+        keys = KeySet(pa.concat_arrays([settled, *known]))
+        return rows.filter(pa.array(~keys.holds(rows.column("text_hash"))))
+
+    def _send(self, part: _Part) -> list[_Part]:
+        """Send `part`; what comes back is still to be sent."""
+        try:
+            vectors, call = self._call(part.texts, part.cause)
+        except ProviderThrottled:
+            return [_Part(part.rows, "wait", part.texts)]
+        except BatchTooLarge as error:
+            return self._split(part, error)
+        except BatchRefused as error:
+            return self._isolate(part, error)
+        except AnswerRejected as error:
+            return self._doubt(part, error)
+        except ProviderDenied as error:
+            self._sender.stop(error)
+            raise
+        hashes = part.rows.column("text_hash").combine_chunks()
+        self._folder.write_answer(hashes, vectors, self._provider.space, call)
+        self._sender.works = True
+        self._sender.learn(part.texts, call.tokens_billed)
+        return []
+
+    def _call(self, texts: list[str], cause: str) -> tuple[Vectors, Call]:
+        """One call to the provider, and its entry for the ledger, written down if it failed."""
+        tokens = self._sender.tokens(texts)
+        with self._sender.limiter.sending(tokens, splittable=len(texts) > 1) as sending:
+            started_at, started = datetime.now(tz=UTC).isoformat(), time.perf_counter()
+            answer: Answer | None = None
+            status, vectors = "ok", None
+            try:
+                answer = self._provider.embed(texts)
+                sending.answered(answer.billed_tokens, answer.learned)
+                vectors = checked_vectors(answer, len(texts), self._provider)
+            except ProviderError as error:
+                status = type(error).__name__
+                raise
+            finally:
+                self._calls += 1
+                billed = answer.billed_tokens if answer else 0
+                call = Call(
+                    run_id=self._folder.run_id,
+                    batch=self._batch.number,
+                    attempt=self._attempt,
+                    call=self._calls,
+                    cause=cause,
+                    status=status,
+                    started_at=started_at,
+                    waited=sending.waited_s,
+                    seconds=time.perf_counter() - started,
+                    texts=len(texts),
+                    tokens_estimated=tokens,
+                    tokens_billed=billed,
+                    usd=billed * self._terms.usd_per_million_tokens / 1e6,
+                    request_id=answer.request_id if answer else "",
+                )
+                if vectors is None:
+                    self._folder.note(call)
+        return vectors, call
+
+    def _split(self, part: _Part, error: BatchTooLarge) -> list[_Part]:
+        """Cut `part` into pieces that fit what the provider has just said."""
+        counted = error.facts.get("tokens")
+        self._sender.too_large(part.texts, counted, error.facts.get("learned", Learned()))
+        if len(part) == 1:
+            # By the provider's own count it is the text; by the account's quota it may pass later.
+            self._refuse(part, str(error), lasting=counted is not None)
+            return []
+        packer = Packer(self._sender.request_limits())
+        numbers = np.array([packer.place(count) for count in self._sender.counts(part.texts)])
+        if numbers[-1] == 1:
+            return part.halves("split")
+        pieces = [np.flatnonzero(numbers == number) for number in range(1, numbers[-1] + 1)]
+        return [part.take(piece.tolist(), "split") for piece in pieces]
+
+    def _isolate(self, part: _Part, error: BatchRefused) -> list[_Part]:
+        """Cut the texts off that the provider blames, or halve `part` to find them."""
+        if len(part) == 1:
+            self._suspects.append((part, str(error)))
+            if self._terms.on_error == "fail_fast" or (
+                len(self._suspects) >= PROOF_AFTER and not self._sender.works
+            ):
+                self._judge()
+            return []
+        named = sorted({at for at in error.facts.get("positions", ()) if 0 <= at < len(part)})
+        if named and len(named) < len(part):
+            rest = sorted(set(range(len(part))) - set(named))
+            return [part.take(rest, "isolate"), part.take(named, "isolate")]
+        return part.halves("isolate")
+
+    def _doubt(self, part: _Part, error: AnswerRejected) -> list[_Part]:
+        """Ask once more for all of it; then only the texts that got no good vector are doubted."""
+        bad = error.facts.get("positions", ())
+        if self._attempt < TRUSTED_ATTEMPTS or not bad or not self._sender.works:
+            raise error
+        if len(bad) == len(part):
+            if self._attempt == TRUSTED_ATTEMPTS:
+                raise error
+            for at in range(len(part)):
+                self._refuse(part.take([at], part.cause), str(error), lasting=True)
+            return []
+        rest = sorted(set(range(len(part))) - set(bad))
+        return [part.take(rest, "isolate"), part.take(bad, "isolate")]
+
+    def _judge(self) -> None:
+        """Refuse the suspects, once it is proven that the provider takes other texts."""
+        suspects, self._suspects = self._suspects, []
+        if suspects and not self._sender.works:
+            self._prove(suspects[0][1])
+        for part, reason in suspects:
+            self._refuse(part, reason, lasting=True)
+
+    def _prove(self, reason: str) -> None:
+        while True:
+            try:
+                _, call = self._call([PROOF], "proof")
+            except ProviderThrottled:
+                continue
+            except BatchRefused:
+                denied = ProviderDenied(
+                    f"{self._provider.space} refuses every text, a plain English sentence too, so "
+                    f"the texts are not to blame. It says: {reason}"
+                )
+                self._sender.stop(denied)
+                raise denied from None
+            self._folder.note(call)
+            self._sender.works = True
+            return
+
+    def _refuse(self, part: _Part, reason: str, *, lasting: bool) -> None:
+        """Give up one text."""
+        (text_hash,) = part.rows.column("text_hash").to_pylist()
+        refused = Refused(text_hash, reason, lasting and self._terms.on_error == "quarantine")
+        if self._terms.on_error == "fail_fast":
+            error = BatchRefused(
+                f"A text of {len(part.texts[0]):,} characters is refused, and on_error is "
+                f"fail_fast: {reason}",
+                text_hash=text_hash,
+            )
+            self._sender.stop(error)
+            raise error
+        self._folder.refuse(self._provider.space, refused)
+        self._refused.append(refused)

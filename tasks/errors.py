@@ -6,11 +6,13 @@ EmbedOnceError
 ├── IndexHeld            another run holds the index; run again when it has ended
 ├── IndexConflict        the table is not ours, or of another space; name another one
 └── ProviderError        what a provider's call can end with
-    ├── ProviderBusy     wait, then the same call may work
+    ├── ProviderBusy     wait, then the same call may work; spends a retry
     │   └── AnswerRejected   the answer failed a check; ask again, never store it
+    ├── ProviderThrottled    the account's limit is reached: all calls wait; spends no retry
     ├── BatchTooLarge    split the batch
     ├── BatchRefused     one text in it is bad: isolate it
-    └── ProviderDenied   no call can work: stop
+    ├── ProviderDenied   no call can work: stop
+    └── RunStopped       another call ended the run; this one was not sent
 
 A message says what was found and where, and what to do about it. It never holds
 a key or a whole text.
@@ -61,20 +63,42 @@ class ProviderError(EmbedOnceError):
 
 
 class ProviderBusy(ProviderError):
-    """The same call may work later."""
+    """The same call may work later.
+
+    Facts: `retry_after` (seconds, or None where the provider names no time).
+    """
 
 
 class AnswerRejected(ProviderBusy):
     """The provider answered, but not with the vectors that were asked for."""
 
 
+class ProviderThrottled(ProviderError):
+    """The account's limit is reached; the same call works later, and no call does before.
+
+    Facts: `retry_after` as in `ProviderBusy`; `learned`, a `Learned` with the limits the
+    provider names; `streams`, True where it is calls at once that are too many.
+    """
+
+
 class BatchTooLarge(ProviderError):
-    """The batch holds more than one call takes."""
+    """The batch holds more than one call takes.
+
+    Facts: `learned`, a `Learned` with what one call takes, where the provider names it;
+    `tokens`, the provider's own count of the batch or None.
+    """
 
 
 class BatchRefused(ProviderError):
-    """The provider refuses a text of this batch."""
+    """The provider refuses a text of this batch.
+
+    Facts: `positions`, of the texts that it names, () where it names none.
+    """
 
 
 class ProviderDenied(ProviderError):
-    """No call can work: key, quota or model."""
+    """No call can work: key, address or model."""
+
+
+class RunStopped(ProviderError):
+    """Another call ended the run; this one was not sent."""

@@ -5,9 +5,10 @@ and writes down the rows that the index will gain. A document that changed again
 first pass keeps its old rows: the next run sees it as it is then.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ from tasks.schemas import (
     CHANGES,
     DELETIONS,
     HASH,
+    LEFT_OUT,
     PACKED,
     Batch,
     TableRef,
@@ -47,6 +49,7 @@ class Filled:
         deletions: DELETIONS that hold.
         updates: How many of `rows` the index has already.
         unsettled: Documents or rows that changed between the two passes.
+        left_out: LEFT_OUT, rows whose text has no vector.
     """
 
     rows: TableRef
@@ -54,6 +57,17 @@ class Filled:
     deletions: TableRef
     updates: int
     unsettled: int
+    left_out: pa.Table
+
+
+class Sizes(Protocol):
+    """What is known by now of the sizes of texts and of calls."""
+
+    def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
+        """Estimated tokens of each of `texts`."""
+
+    def request_limits(self) -> Limits:
+        """What one call takes, with a margin for estimates."""
 
 
 class Filling:
@@ -66,8 +80,7 @@ class Filling:
         changes: TableRef,
         deletions: TableRef,
         packed: TableRef,
-        batches: int,
-        limits: Limits,
+        sizes: Sizes,
         folder: Path,
     ) -> None:
         self._reader = reader
@@ -75,17 +88,16 @@ class Filling:
         self._deletions = deletions.load(DELETIONS)
         self._keys = KeySet(self._changes.column("key"))
         self._seen = np.zeros(self._changes.num_rows, dtype=bool)
-        self._batches = batches
         missing = packed.load(PACKED)
         self._missing = KeySet(missing.column("text_hash"))
-        self._tokens = missing.column("tokens").to_numpy()
         self._sent = np.zeros(missing.num_rows, dtype=bool)
-        self._packer = Packer(limits)
+        self._sizes = sizes
+        self._packer = Packer(sizes.request_limits())
         self._folder = folder
         self._rows = folder / "rows.arrow"
 
     def batches(self) -> Iterator[Batch]:
-        """The batches to embed, as they fill.
+        """The batches to embed, as they fill, cut by what is known of sizes by then.
 
         Yields:
             Batches numbered from 1; each missing text stands in exactly one of them.
@@ -104,8 +116,12 @@ class Filling:
         if waiting:
             yield self._batch(current, waiting)
 
-    def finish(self) -> Filled:
-        """Leave out what did not come again, and what goes with it."""
+    def finish(self, without: pa.Array) -> Filled:
+        """Leave out what did not come again, what goes with it, and what has no vector.
+
+        Args:
+            without: text_hash of the texts that the provider refuses.
+        """
         schema = rows_schema(self._reader.metadata)
         rows = TableRef.of(self._rows)
         changes, deletions = self._changes, self._deletions
@@ -127,12 +143,59 @@ class Filling:
             changes = changes.filter(pa.array(self._seen))
             changes = _without(changes, changes.column("document_key"), held)
             deletions = _without(deletions, deletions.column("document_key"), held)
+        rows, changes, deletions, left_out = self._leave_out(
+            rows, changes, deletions, KeySet(without)
+        )
         return Filled(
             rows,
             TableRef.write(self._folder / "settled-changes.arrow", CHANGES, [changes]),
             TableRef.write(self._folder / "settled-deletions.arrow", DELETIONS, [deletions]),
             updates=pc.sum(changes.column("in_index")).as_py() or 0,
             unsettled=unsettled,
+            left_out=left_out,
+        )
+
+    def _leave_out(
+        self, rows: TableRef, changes: pa.Table, deletions: pa.Table, refused: KeySet
+    ) -> tuple[TableRef, pa.Table, pa.Table, pa.Table]:
+        """Take the rows out whose text is refused; one that the index has leaves it too.
+
+        Its old text no longer stands in the corpus, and a row must not tell what is gone.
+        """
+        bad = refused.holds(changes.column("text_hash"))
+        if not bad.any():
+            return rows, changes, deletions, LEFT_OUT.empty_table()
+        schema = rows_schema(self._reader.metadata)
+        left_out = pa.Table.from_batches(
+            (
+                batch.filter(pa.array(refused.holds(batch.column("text_hash")))).select(
+                    LEFT_OUT.names
+                )
+                for batch in rows.batches(schema)
+            ),
+            LEFT_OUT,
+        )
+        kept = TableRef.write(
+            self._folder / "kept-rows.arrow",
+            schema,
+            (_without(batch, batch.column("text_hash"), refused) for batch in rows.batches(schema)),
+        )
+        replaced = changes.filter(pa.array(bad & np.asarray(changes.column("in_index"))))
+        at = KeySet(replaced.column("key")).positions(digest_column(left_out.column("id")))
+        gone = left_out.filter(pa.array(at >= 0))
+        leaving = pa.table(
+            [
+                gone.column("id"),
+                document_keys(gone.column("document").combine_chunks()),
+                pa.array(["refused"] * gone.num_rows, pa.utf8()),
+            ],
+            schema=DELETIONS,
+        )
+        return (
+            kept,
+            changes.filter(pa.array(~bad)),
+            pa.concat_tables([deletions, leaving]),
+            left_out,
         )
 
     def _changed_rows(self) -> Iterator[pa.RecordBatch]:
@@ -169,9 +232,10 @@ class Filling:
         if not len(take):
             return
         self._sent[at[take]] = True
-        tokens = self._tokens[at[take]]
-        numbers = np.array([self._packer.place(int(count)) for count in tokens])
         texts = rows.take(pa.array(take))
+        tokens = self._sizes.counts(texts.column("text").to_pylist())
+        self._packer.limits = self._sizes.request_limits()
+        numbers = np.array([self._packer.place(int(count)) for count in tokens])
         table = pa.record_batch(
             [texts.column("text_hash"), texts.column("text"), pa.array(tokens, pa.int32())],
             schema=BATCH,
@@ -183,7 +247,7 @@ class Filling:
     def _batch(self, number: int, parts: list[pa.RecordBatch]) -> Batch:
         ref = TableRef.write(self._folder / f"batch-{number:08d}.arrow", BATCH, parts)
         tokens = sum(int(np.sum(part.column("tokens").to_numpy())) for part in parts)
-        return Batch(number, self._batches, ref, tokens)
+        return Batch(number, ref, tokens)
 
 
 def _equal(left: pa.Array, right: pa.ChunkedArray) -> npt.NDArray[np.bool_]:

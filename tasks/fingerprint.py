@@ -1,7 +1,7 @@
 """Fingerprint: each text is hashed once, each chunk gets its key; the texts are let go."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from tasks.errors import CorpusError
 from tasks.keys import digest, first_of_each, identified, key_columns
+from tasks.limits import Estimator
 from tasks.read import Reader, ReadNotes
 from tasks.schemas import KEYED, TableRef
 from tasks.stage import stage
@@ -33,12 +34,12 @@ class Keyed:
 
 
 @stage("read and fingerprint")
-def fingerprint(reader: Reader, count: Callable[[str], int], target: Path) -> Keyed:
+def fingerprint(reader: Reader, estimate: Estimator, target: Path) -> Keyed:
     """First pass over the corpus: keys and sizes only.
 
     Args:
         reader: The corpus.
-        count: Estimated tokens of a text.
+        estimate: How many tokens a text has.
         target: File for the KEYED table.
 
     Raises:
@@ -48,15 +49,15 @@ def fingerprint(reader: Reader, count: Callable[[str], int], target: Path) -> Ke
     notes = ReadNotes()
     reading = _Timed(reader.chunks(notes))
     rows = identified(reading, reader.metadata)
-    table = TableRef.write(target, KEYED, (_keys(batch, count) for batch in rows))
+    table = TableRef.write(target, KEYED, (_keys(batch, estimate) for batch in rows))
     _refuse_repeated(table, reader)
     total = time.perf_counter() - started
     return Keyed(table, notes, read_s=reading.seconds, fingerprint_s=total - reading.seconds)
 
 
-def _keys(rows: pa.RecordBatch, count: Callable[[str], int]) -> pa.RecordBatch:
+def _keys(rows: pa.RecordBatch, estimate: Estimator) -> pa.RecordBatch:
     """KEYED for `rows`."""
-    tokens = [count(text) for text in rows.column("text").to_pylist()]
+    tokens = estimate.counts(rows.column("text").to_pylist())
     columns = {
         **key_columns(rows),
         "tokens": pa.array(tokens, pa.int32()),

@@ -44,7 +44,7 @@ class Identity:
         """Schema of the index: one row a chunk."""
         rows = list(rows_schema(metadata))
         rows[0] = rows[0].with_metadata(PRIMARY_KEY)
-        vector = pa.field("vector", pa.list_(pa.float32(), self.space.dimension), nullable=False)
+        vector = pa.field("vector", self.space.vector_type, nullable=False)
         return pa.schema(
             [*rows[:4], vector, *rows[4:], pa.field("run_id", pa.utf8(), nullable=False)],
             metadata={

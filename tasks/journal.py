@@ -5,6 +5,7 @@ Each run has a folder under `state.uri`:
     runs/<run id>.alive          locked as long as the run lives
     runs/<run id>/answers/*.arrow    one file an answer: vectors, and the call in its metadata
     runs/<run id>/calls.jsonl    one line a provider call, whatever became of it
+    runs/<run id>/refused.jsonl  one line a text that the provider refuses for good
     runs/<run id>/run.json       what the run is, for the ledger if it dies
     runs/<run id>/staging/       tables between the stages
 
@@ -16,14 +17,15 @@ would make thousands of versions. A folder whose run is dead is folded by the ne
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from tasks.cache import SPACE, Cache
 from tasks.providers import Space, Vectors
@@ -39,10 +41,15 @@ class Call:
 
     Attributes:
         run_id: The run that made it.
-        batch: Number of its batch, from 1.
-        attempt: From 1.
+        batch: Number of its batch, from 1; 0 for a call that belongs to none.
+        attempt: Of the batch, from 1.
+        call: Of the attempt, from 1.
+        cause: Why it was made: "first", "retry" after a failure, "wait" after the account's
+            limit was reached, "split" of a batch too large, "isolate" to find a text that is
+            refused, "proof" that the provider takes any text, "query" of a search.
         status: "ok", or the class of the error.
         started_at: ISO 8601, UTC.
+        waited: Seconds it waited for its turn before it was sent.
         seconds: From sending to the end of the answer.
         texts: Texts in it.
         tokens_estimated: By our own count.
@@ -54,14 +61,37 @@ class Call:
     run_id: str
     batch: int
     attempt: int
+    call: int
+    cause: str
     status: str
     started_at: str
+    waited: float
     seconds: float
     texts: int
     tokens_estimated: int
     tokens_billed: int
     usd: float
     request_id: str
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """What tells it from all other calls of its run."""
+        return self.batch, self.attempt, self.call
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A text that no call will embed.
+
+    Attributes:
+        text_hash: Which.
+        reason: In the provider's words, cut, without the text.
+        lasting: Whether it is the text's fault, so that it is not worth sending again.
+    """
+
+    text_hash: bytes
+    reason: str
+    lasting: bool = True
 
 
 @dataclass(frozen=True)
@@ -137,19 +167,21 @@ class RunFolder:
 
         Args:
             hashes: text_hash of each row.
-            vectors: float32, shape (len(hashes), space.dimension).
+            vectors: A row for each of `hashes`, of the space's `vector_type`.
             space: Where the vectors live.
             call: The call that brought them.
         """
-        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), space.dimension)
-        answer = pa.record_batch([hashes, column], schema=vectors_schema(space.dimension))
+        column = pa.FixedSizeListArray.from_arrays(
+            pa.array(vectors.reshape(-1)), type=space.vector_type
+        )
+        answer = pa.record_batch([hashes, column], schema=vectors_schema(space.vector_type))
         metadata = {
             SPACE: space.to_json().encode(),
             CALL: json.dumps(asdict(call)).encode(),
             CHECKSUM: _checksum(answer),
         }
         answer = answer.replace_schema_metadata(metadata)
-        target = self.path / "answers" / f"{call.batch:08d}.arrow"
+        target = self.path / "answers" / "{:08d}-{:02d}-{:05d}.arrow".format(*call.key)
         target.parent.mkdir(exist_ok=True)
         temporary = target.with_suffix(".tmp")
         with temporary.open("wb") as file:
@@ -162,27 +194,47 @@ class RunFolder:
         self.note(call)
         return target
 
+    def answers_of(self, batch: int) -> list[Path]:
+        """Files of this batch's answers; a batch that was split has several."""
+        return sorted((self.path / "answers").glob(f"{batch:08d}-*.arrow"))
+
     def note(self, call: Call) -> None:
         """Write the call down, whatever became of it."""
         line = json.dumps(asdict(call)) + "\n"
         with (self.path / "calls.jsonl").open("a", encoding="utf-8") as file:
             file.write(line)
 
+    def refuse(self, space: Space, refused: Refused) -> None:
+        """Write down a text that the provider refuses."""
+        row = {"space": space.id, **asdict(refused), "text_hash": refused.text_hash.hex()}
+        with (self.path / "refused.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def refused(self) -> dict[str, dict[bytes, Refused]]:
+        """All texts written down as refused, by the id of their space and their hash."""
+        found: dict[str, dict[bytes, Refused]] = {}
+        for row in _json_lines(self.path / "refused.jsonl"):
+            try:
+                space = row.pop("space")
+                refused = Refused(**{**row, "text_hash": bytes.fromhex(row["text_hash"])})
+            except (KeyError, TypeError, ValueError):
+                continue  # damaged: the text is sent once more
+            found.setdefault(space, {})[refused.text_hash] = refused
+        return found
+
     def calls(self) -> list[Call]:
         """All calls noted, and those that only their answer knows of."""
-        file = self.path / "calls.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         calls = {}
-        for line in lines:
+        for row in _json_lines(self.path / "calls.jsonl"):
             try:
-                call = Call(**json.loads(line))
-            except (ValueError, TypeError):
-                continue  # cut off by a kill; its answer, if it has one, knows the call
-            calls[call.batch, call.attempt] = call
+                call = Call(**row)
+            except TypeError:
+                continue  # its answer, if it has one, knows the call
+            calls[call.key] = call
         for path in self.answers:
             answer = read_answer(path)
             if answer is not None:
-                calls.setdefault((answer.call.batch, answer.call.attempt), answer.call)
+                calls.setdefault(answer.call.key, answer.call)
         return list(calls.values())
 
     @property
@@ -196,9 +248,10 @@ class RunFolder:
         except (OSError, ValueError, TypeError):
             return None
 
-    def forget_calls(self) -> None:
-        """Drop the notes once the ledger has them."""
+    def forget_notes(self) -> None:
+        """Drop the notes once ledger and quarantine have them."""
         (self.path / "calls.jsonl").unlink(missing_ok=True)
+        (self.path / "refused.jsonl").unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -218,7 +271,7 @@ def read_answer(path: Path) -> StoredAnswer | None:
         space = Space.from_json(metadata[SPACE].decode())
         call = Call(**json.loads(metadata[CALL]))
         table = table.replace_schema_metadata(None)
-        require(table.schema, vectors_schema(space.dimension), str(path))
+        require(table.schema, vectors_schema(space.vector_type), str(path))
         table.validate(full=True)  # else Arrow ends the process over a damaged length
         if metadata[CHECKSUM] != _checksum(*table.to_batches()):
             return None
@@ -240,65 +293,6 @@ def fold(folder: RunFolder, cache: Cache, paths: Iterable[Path] | None = None) -
     for path, _ in mine:
         path.unlink()
     return added
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """What dead runs left behind.
-
-    Attributes:
-        vectors: Vectors they had paid for, now in the cache.
-        set_aside: Files that could not be read, moved to `state.uri`/set-aside.
-    """
-
-    vectors: int = 0
-    set_aside: tuple[Path, ...] = ()
-
-
-Died = Callable[[About, list[Call]], None]
-
-
-def recover(
-    state_uri: str, record: Callable[[list[Call]], None], died: Died = lambda _about, _calls: None
-) -> Recovered:
-    """Fold what runs that died have left; leave living runs alone.
-
-    Args:
-        state_uri: Where the runs' folders are.
-        record: Takes the calls of a dead run into the ledger.
-        died: Takes the dead run itself into the ledger.
-    """
-    recovered = Recovered()
-    for path in sorted((Path(state_uri) / "runs").glob("*/")):
-        folder = RunFolder(state_uri, path.name)
-        try:
-            with FileLock(folder.lock, timeout=0):
-                found = _recover_one(folder, record, died)
-        except Timeout:
-            continue
-        recovered = Recovered(
-            recovered.vectors + found.vectors, recovered.set_aside + found.set_aside
-        )
-    return recovered
-
-
-def _recover_one(folder: RunFolder, record: Callable[[list[Call]], None], died: Died) -> Recovered:
-    calls = folder.calls()
-    spaces, set_aside = set(), []
-    for file in folder.answers:
-        answer = read_answer(file)
-        if answer is None:
-            set_aside.append(_set_aside(folder, file))
-        else:
-            spaces.add(answer.space)
-    vectors = sum(fold(folder, Cache(folder.state_uri, space)) for space in spaces)
-    if calls:
-        record(calls)
-    if about := folder.about():
-        died(about, calls)
-    shutil.rmtree(folder.path, ignore_errors=True)
-    folder.lock.unlink(missing_ok=True)
-    return Recovered(vectors, tuple(set_aside))
 
 
 def unfolded_answers(state_uri: str, space: Space) -> Iterator[StoredAnswer]:
@@ -324,10 +318,16 @@ def _checksum(*batches: pa.RecordBatch) -> bytes:
     return state.hexdigest().encode()
 
 
-def _set_aside(folder: RunFolder, file: Path) -> Path:
-    target = Path(folder.state_uri) / "set-aside" / f"{folder.run_id}-{file.name}"
-    target.parent.mkdir(exist_ok=True)
-    return file.rename(target)
+def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects in `file`, a line each; lines cut off by a kill are left out."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
 
 
 def _sync_folder(folder: Path) -> None:

@@ -47,7 +47,7 @@ class Ledger:
     def record_calls(self, calls: Sequence[Call]) -> None:
         """Append provider calls; one that is there already is not counted twice."""
         if calls:
-            key = ["run_id", "batch", "attempt"]
+            key = ["run_id", "batch", "attempt", "call"]
             self._append("calls", CALLS, key, [asdict(call) for call in calls])
 
     def runs(self) -> "pd.DataFrame":

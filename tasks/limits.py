@@ -1,9 +1,11 @@
-"""How much a run may ask of a provider, and the gate that keeps to it."""
+"""How much a run may ask of a provider, and how texts are cut into batches by it."""
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,13 @@ class Limits:
     tokens_per_request: int | None
     concurrency: int
 
+    def with_margin(self, margin: float) -> "Limits":
+        """The same, with so much of a call left free that an estimate may be off by `margin`."""
+        if self.tokens_per_request is None:
+            return self
+        most = max(1, int(self.tokens_per_request / (1 + margin)))
+        return replace(self, tokens_per_request=most)
+
     def seconds_needed(self, calls: int, tokens: int) -> float:
         """The least time the account's limits allow for `calls` with `tokens` in all."""
         return 60 * max(self._minutes(calls, tokens).values())
@@ -43,23 +52,51 @@ class Limits:
         }
 
 
+@dataclass(frozen=True)
+class Learned:
+    """Limits that a provider named itself; None where it did not."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    texts_per_request: int | None = None
+    tokens_per_request: int | None = None
+
+
+class Estimator(Protocol):
+    """How many tokens a text has, as far as one can know without asking. A value: it pickles."""
+
+    @property
+    def margin(self) -> float:
+        """How far the truth may lie above an estimate, relative to it; 0 where it is exact."""
+
+    def count(self, text: str) -> int:
+        """Tokens of `text`, at least 1."""
+
+    def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
+        """Tokens of each of `texts`, at least 1."""
+
+
 class Packer:
     """Fills batches in the order the texts come.
 
     No batch passes `limits`, but for a single text that is longer than one call takes:
     it goes alone, and the provider is asked.
+
+    Attributes:
+        limits: What one call takes; it may change while batches fill.
+        batch: Number of the newest batch, from 1.
     """
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self.limits = limits
         self._texts = 0
         self._tokens = 0
         self.batch = 0
 
     def place(self, tokens: int) -> int:
         """The number of the batch, from 1, that takes the next text of so many tokens."""
-        most = self._limits.tokens_per_request
-        full = self._texts >= self._limits.texts_per_request or (
+        most = self.limits.tokens_per_request
+        full = self._texts >= self.limits.texts_per_request or (
             most is not None and self._tokens + tokens > most
         )
         if self.batch == 0 or (full and self._texts):
@@ -68,26 +105,3 @@ class Packer:
         self._texts += 1
         self._tokens += tokens
         return self.batch
-
-
-class Gate:
-    """At most so many calls in flight at once. A slot is held only while sending."""
-
-    def __init__(self, slots: int) -> None:
-        self._slots = threading.BoundedSemaphore(slots)
-
-    @contextmanager
-    def slot(self) -> Iterator[None]:
-        """Wait for a free slot and hold it."""
-        with self._slots:
-            yield
-
-
-_gates: dict[tuple[str, int], Gate] = {}
-_gates_lock = threading.Lock()
-
-
-def gate(run_id: str, slots: int) -> Gate:
-    """The gate that all tasks of this run in this process share."""
-    with _gates_lock:
-        return _gates.setdefault((run_id, slots), Gate(slots))

@@ -23,12 +23,14 @@ class LookedUp:
         from_cache: Texts of added, changed and moved rows whose vector is known.
         cache_tokens: Their estimated tokens.
         in_index: text_hash of those known only from the published index.
+        quarantined: text_hash of those that nobody will send again.
     """
 
     misses: TableRef
     from_cache: int
     cache_tokens: int
     in_index: pa.Array
+    quarantined: pa.Array
 
 
 @stage("lookup")
@@ -37,6 +39,7 @@ def lookup(
     indexed: TableRef,
     cache: Cache,
     unfolded: Sequence[pa.Array],
+    quarantined: pa.Array,
     target: Path,
 ) -> LookedUp:
     """Hold the texts of `changes` against all vectors that are already paid for.
@@ -48,6 +51,7 @@ def lookup(
         indexed: INDEXED of the published index, in the cache's space.
         cache: Vectors known.
         unfolded: text_hash columns of answers that are paid but not in the cache yet.
+        quarantined: text_hash of texts that the provider has refused.
         target: File for the MISSES table.
     """
     table = changes.load(CHANGES)
@@ -63,10 +67,12 @@ def lookup(
         cached |= KeySet(column).holds(hashes)
     published = KeySet(indexed.load(INDEXED).column("text_hash")).holds(hashes)
     known = cached | published
-    misses = needed.filter(pa.array(~known)).cast(MISSES)
+    refused = KeySet(quarantined).holds(hashes) & ~known
+    misses = needed.filter(pa.array(~known & ~refused)).cast(MISSES)
     return LookedUp(
         misses=TableRef.write(target, MISSES, [misses]),
         from_cache=int(np.sum(known & counts)),
         cache_tokens=pc.sum(needed.filter(pa.array(known & counts)).column("tokens")).as_py() or 0,
         in_index=hashes.filter(pa.array(published & ~cached)).combine_chunks(),
+        quarantined=hashes.filter(pa.array(refused)).combine_chunks(),
     )

@@ -33,7 +33,7 @@ def pack(misses: TableRef, limits: Limits, target: Path) -> Packed:
 
     Args:
         misses: MISSES, each text once.
-        limits: What one call takes.
+        limits: What one call takes, with a margin for estimates.
         target: File for the PACKED table.
     """
     table = misses.load(MISSES)

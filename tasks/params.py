@@ -8,7 +8,8 @@ working directory never matters.
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -37,6 +38,20 @@ def _at_home(path: str, info: ValidationInfo) -> str:
 
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_at_home)]
 """A path on this machine, absolute once it is validated."""
+
+
+def _address(url: str) -> str:
+    """`url`, if it can be the address of an API and holds no secret."""
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("write an address such as https://api.voyageai.com/v1")
+    if parts.username or parts.password or parts.query:
+        raise ValueError("an address holds no user, password or key")
+    return url.rstrip("/")
+
+
+HttpAddress = Annotated[str, AfterValidator(_address)]
+"""Address of an API, without a slash at its end."""
 
 
 class Settings(BaseModel):
@@ -98,17 +113,37 @@ class Embedding(Settings):
     provider: Literal["lexical", "voyage"]
     model: str | None = Field(default=None, description="Name in configs/models.yaml.")
     dimension: int | None = Field(default=None, ge=1, description="null: the model's default.")
+    output_dtype: str = Field(default="float", description="float, or ubinary: a bit a number.")
+    input_type: Literal["document", "query"] | None = Field(
+        default="document", description="What the model is told a text is; null: nothing."
+    )
+    base_url: HttpAddress | None = Field(
+        default=None, description="Where the API is; null: the vendor's own address."
+    )
+    api_key_block: str | None = Field(
+        default=None, min_length=1, description="Prefect Secret block; null: VOYAGE_API_KEY."
+    )
+    tokenizer: LocalPath | None = Field(
+        default=None, description="The model's tokenizer.json; null: estimated, then learned."
+    )
 
 
 class LimitSettings(Settings):
     """The most a run may ask of the provider; null is what the model allows at that tier."""
 
-    tier: int = Field(default=1, ge=1, le=3, description="Usage tier of the account.")
+    tier: Literal["free", 1, 2, 3] = Field(default=1, description="Usage tier of the account.")
     requests_per_minute: int | None = Field(default=None, ge=1)
     tokens_per_minute: int | None = Field(default=None, ge=1)
-    concurrency: int = Field(default=8, ge=1, le=256, description="Calls in flight at once.")
+    concurrency: int = Field(default=8, ge=1, le=256, description="Most calls in flight at once.")
     texts_per_request: int | None = Field(default=None, ge=1)
     tokens_per_request: int | None = Field(default=None, ge=1)
+    shared: bool = Field(
+        default=False,
+        description="Share the account's limits with other runs through the Prefect server.",
+    )
+    max_wait: float = Field(
+        default=600.0, gt=0, description="Seconds without any answer that end a run as an outage."
+    )
 
 
 class Index(Settings):
@@ -116,7 +151,9 @@ class Index(Settings):
 
     uri: LocalPath = Field(description="Folder of the LanceDB database.")
     table: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="Name of the table.")
-    metric: Literal["cosine", "l2", "dot"] = "cosine"
+    metric: Literal["cosine", "l2", "dot", "hamming"] | None = Field(
+        default=None, description="null: cosine, or hamming for ubinary."
+    )
     max_deleted_fraction: float = Field(
         default=0.5,
         ge=0,
@@ -138,8 +175,32 @@ class Config(Settings):
     source: Source
     embedding: Embedding
     limits: LimitSettings = LimitSettings()
+    on_error: Literal["quarantine", "fail_fast", "collect"] = Field(
+        default="quarantine",
+        description="What becomes of a text that the provider refuses: quarantine keeps it from "
+        "being sent again, collect only reports it, fail_fast ends the run.",
+    )
     index: Index
     state: State
+
+    @model_validator(mode="after")
+    def _metric_fits_the_vectors(self) -> Self:
+        bits = self.embedding.output_dtype == "ubinary"
+        if self.index.metric is not None and (self.index.metric == "hamming") != bits:
+            raise ValueError(
+                f"index.metric {self.index.metric!r} does not fit embedding.output_dtype "
+                f"{self.embedding.output_dtype!r}: hamming belongs to ubinary, cosine, l2 and dot "
+                "to float"
+            )
+        return self
+
+    @property
+    def metric(self) -> Literal["cosine", "l2", "dot", "hamming"]:
+        """The index's metric, the default filled in."""
+        default: Literal["cosine", "hamming"] = (
+            "hamming" if self.embedding.output_dtype == "ubinary" else "cosine"
+        )
+        return self.index.metric or default
 
 
 class Overrides(BaseModel):
@@ -161,12 +222,25 @@ class Overrides(BaseModel):
         "with another version; chunks that come out differently are embedded again.",
         json_schema_extra={"position": 1},
     )
+    retry_quarantined: bool = Field(
+        default=False,
+        title="Retry what is quarantined",
+        description="Send the texts that the provider has refused before once more.",
+        json_schema_extra={"position": 2},
+    )
+    on_error: Literal["as the file says", "quarantine", "fail_fast", "collect"] = Field(
+        default="as the file says",
+        title="Texts that are refused",
+        description="quarantine: leave them out and do not send them again. collect: leave them "
+        "out and only report them. fail_fast: end the run.",
+        json_schema_extra={"position": 3},
+    )
     settings: list[str] = Field(
         default=[],
         title="Further settings",
         description="Config values as key=value, one an item, "
         "say index.max_deleted_fraction=1 or limits.concurrency=2.",
-        json_schema_extra={"position": 2},
+        json_schema_extra={"position": 4},
     )
 
 
@@ -187,6 +261,14 @@ def load_config(path: str | Path, settings: Sequence[str] = ()) -> Config:
         return Config.model_validate(values, context={"base": project_folder(file)})
     except ValidationError as error:
         raise SettingsError(_explain(error, file), file=str(file)) from None
+
+
+def configured(path: str | Path, overrides: Overrides) -> Config:
+    """The config at `path` with what this run does otherwise; errors as in `load_config`."""
+    settings = list(overrides.settings)
+    if overrides.on_error != "as the file says":
+        settings.append(f"on_error={overrides.on_error}")
+    return load_config(path, settings)
 
 
 def project_folder(file: Path) -> Path:

@@ -7,6 +7,7 @@ the staging folder only.
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,17 +20,20 @@ from tasks.compare import Compared, Held, compare, tally
 from tasks.errors import SettingsError
 from tasks.fingerprint import Keyed, fingerprint
 from tasks.index import Identity, identity_of, open_index, require_space, scan
-from tasks.journal import unfolded_hashes
+from tasks.journal import Refused, unfolded_hashes
+from tasks.keys import KeySet, hash_column
 from tasks.lookup import LookedUp, lookup
 from tasks.pack import Packed, pack
 from tasks.params import Config, FilesSource, Overrides
 from tasks.providers import Provider
 from tasks.providers.opening import open_embedder, open_provider
+from tasks.quarantine import Quarantine
 from tasks.read import Reader
 from tasks.read.files import FilesReader
 from tasks.read.tables import TableReader
-from tasks.report import Chunks, Cost, Part, Row, Saved, Texts, chunk_rows, cost_text, skipped_rows
-from tasks.schemas import CHANGES, DELETIONS, TableRef, metadata_fields
+from tasks.report import Chunks, Cost, Part, Saved, Texts
+from tasks.schemas import CHANGES, DELETIONS, HASH, TableRef, metadata_fields
+from tasks.summary import Row, chunk_rows, cost_text, skipped_rows
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Survey:
     reader: Reader
     identity: Identity
     cache: Cache
+    quarantine: Quarantine
     keyed: Keyed
     indexed: TableRef
     compared: Compared
@@ -50,6 +55,11 @@ class Survey:
     indexed_splitter: str
     compare_s: float
     lookup_s: float
+
+    def refused(self, newly: Sequence[Refused]) -> pa.Array:
+        """text_hash of every text that is left out: quarantined before, or refused now."""
+        hashes = hash_column([text.text_hash for text in newly])
+        return pa.concat_arrays([self.looked_up.quarantined, hashes])
 
 
 def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
@@ -72,7 +82,7 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
     if table is not None:
         require_space(table, config.index, identity.space)
 
-    keyed = fingerprint(reader, provider.count, folder / "keyed.arrow")
+    keyed = fingerprint(reader, provider.estimate, folder / "keyed.arrow")
     compare_started = time.perf_counter()
     indexed = scan(table, folder / "indexed.arrow")
     notes = keyed.notes
@@ -87,8 +97,11 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
     # First the journals, then the cache: an answer that is folded in between is seen twice.
     unfolded = unfolded_hashes(config.state.uri, identity.space)
     cache = Cache(config.state.uri, identity.space)
-    looked_up = lookup(compared.changes, indexed, cache, unfolded, folder / "misses.arrow")
-    packed = pack(looked_up.misses, provider.limits, folder / "packed.arrow")
+    quarantine = Quarantine(config.state.uri, identity.space.id)
+    skip = quarantine.hashes if not overrides.retry_quarantined else pa.array([], HASH)
+    looked_up = lookup(compared.changes, indexed, cache, unfolded, skip, folder / "misses.arrow")
+    limits = provider.limits.with_margin(provider.estimate.margin)
+    packed = pack(looked_up.misses, limits, folder / "packed.arrow")
     return Survey(
         config=config,
         facts=facts,
@@ -96,6 +109,7 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
         reader=reader,
         identity=identity,
         cache=cache,
+        quarantine=quarantine,
         keyed=keyed,
         indexed=indexed,
         compared=compared,
@@ -227,12 +241,17 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
         refusal = str(error)
     compared = survey.compared
     changes, deletions = compared.changes.load(CHANGES), compared.deletions.load(DELETIONS)
+    refused = KeySet(survey.looked_up.quarantined).holds(changes.column("text_hash"))
     return Plan(
         name=config.name,
         source=config.source.path,
         index=index_name(config),
         space=str(survey.identity.space),
-        chunks=chunks_of(survey, tally(changes, deletions)),
+        chunks=chunks_of(
+            survey,
+            tally(changes.filter(pa.array(~refused)), deletions),
+            quarantined=int(refused.sum()),
+        ),
         texts=texts_of(survey, packed.texts),
         calls=packed.batches,
         tokens=packed.tokens,
@@ -282,8 +301,8 @@ def index_name(config: Config) -> str:
     return f"{config.index.uri}/{config.index.table}"
 
 
-def chunks_of(survey: Survey, counts: dict[str, int]) -> Chunks:
-    """Counts of chunks for plan and report."""
+def chunks_of(survey: Survey, counts: dict[str, int], *, quarantined: int) -> Chunks:
+    """Counts of chunks for plan and report; quarantined ones are in no other count but `total`."""
     return Chunks(
         total=survey.keyed.table.rows,
         unchanged=survey.compared.unchanged,
@@ -292,6 +311,7 @@ def chunks_of(survey: Survey, counts: dict[str, int]) -> Chunks:
         moved=counts.get("moved", 0),
         deleted=counts.get("deleted", 0),
         duplicate=survey.compared.duplicate,
+        quarantined=quarantined,
     )
 
 

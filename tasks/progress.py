@@ -10,14 +10,16 @@ class Progress:
     """Where a run is.
 
     Attributes:
-        stage: "reading", "embedding" or "publishing".
+        stage: "reading", "embedding", "waiting" or "publishing".
         done: Texts embedded so far.
         total: Texts to embed; 0 outside of embedding.
+        note: What is waited for.
     """
 
     stage: str
     done: int = 0
     total: int = 0
+    note: str = ""
 
     @property
     def percent(self) -> float:
@@ -42,5 +44,10 @@ def listening(listener: Listener) -> Iterator[None]:
 
 def tell(progress: Progress) -> None:
     """Tell all listeners."""
-    for listener in _listeners:
+    for listener in list(_listeners):
         listener(progress)
+
+
+def tell_waiting(note: str) -> None:
+    """Tell all listeners what is waited for."""
+    tell(Progress("waiting", note=note))

@@ -1,6 +1,6 @@
-"""Report: what a run did and what it cost, for machines (JSON) and for people (text)."""
+"""Report: what a run did and what it cost, in numbers that are counted."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
@@ -43,7 +43,15 @@ class Texts(Part):
 
 
 class Calls(Part):
-    """Counts of provider calls, by how they ended, and of calls that repeated another."""
+    """Counts of provider calls by how they ended, and of those that had to be sent again.
+
+    Attributes:
+        ok: Brought vectors.
+        failed: Brought none: an error, or a text that is refused.
+        throttled: Refused because of the account's limits.
+        split: Refused because they held too much.
+        retried: Sent again after a failure; each of them is counted above too.
+    """
 
     ok: int = 0
     failed: int = 0
@@ -102,7 +110,7 @@ class Throughput(Part):
 
 
 class Latency(Part):
-    """Percentiles of the seconds a successful call took, in milliseconds."""
+    """Percentiles of the time a successful call took, in milliseconds."""
 
     p50: float = 0.0
     p95: float = 0.0
@@ -110,10 +118,30 @@ class Latency(Part):
 
 
 class Concurrency(Part):
-    """Calls in flight: most allowed, and the share of that time they were busy."""
+    """Calls in flight at once.
+
+    Attributes:
+        limit: Most allowed by the config.
+        reached: Most there were.
+        busy_fraction: Share of the open slots' time in which a call was in flight; slots
+            open and close with what helps.
+    """
 
     limit: int
+    reached: int = 0
     busy_fraction: float = 0.0
+
+
+class LeftOut(Part):
+    """A chunk that is not in the index because the provider refuses its text.
+
+    Attributes:
+        chunk: Where it stands, say `guide.md:3-9`, or its id.
+        reason: What the provider says.
+    """
+
+    chunk: str
+    reason: str
 
 
 class Memory(Part):
@@ -131,14 +159,18 @@ class RunReport(Part):
         index: Folder and table.
         generation: The newest one after the run; 0 where there is none.
         published: "none" where nothing changed, else how it was committed.
-        state: "completed", "unchanged", "incomplete" (something was left out),
-            "failed" or "died" (killed; told by the run that takes up after it).
+        state: "completed", "unchanged", "quarantined" (the provider refuses some texts),
+            "incomplete" (something could not be read), "failed" or "died" (killed; told by the run that takes up after it).
         started_at: ISO 8601, UTC.
+        waited_seconds: Time in which the next call waited for its turn, by what it waited for.
         skipped: Documents and rows left out, counted by reason.
         examples: The first few of them, by reason.
+        refused: The first of the chunks whose text the provider refuses; `chunks.quarantined`
+            counts all of them.
         held: Rows of the index that stay because they could not be read in the corpus.
         recovered_vectors: Paid for by runs that died, taken up by this one.
         unreadable_answers: Journal files of such runs that are not whole, set aside.
+        incomplete: Whether something of the corpus could not be read.
         error: What went wrong, "" if nothing did.
     """
 
@@ -159,11 +191,14 @@ class RunReport(Part):
     latency_ms: Latency
     concurrency: Concurrency
     memory: Memory
+    waited_seconds: dict[str, float] = {}
+    refused: tuple[LeftOut, ...] = ()
     skipped: dict[str, int] = {}
     examples: dict[str, list[str]] = {}
     held: int = 0
     recovered_vectors: int = 0
     unreadable_answers: int = 0
+    incomplete: bool = False
     error: str = ""
 
     def to_frame(self) -> "pd.DataFrame":
@@ -173,122 +208,11 @@ class RunReport(Part):
         return pd.json_normalize(self.model_dump())
 
 
-Row = tuple[str, str]
-
-
-def chunk_rows(chunks: Chunks) -> list[Row]:
-    """What became of the chunks, as label and value."""
-    rows = [
-        ("chunks", f"{chunks.total:,}"),
-        ("unchanged", f"{chunks.unchanged:,}"),
-        ("added", f"{chunks.added:,}"),
-        ("changed", f"{chunks.changed:,}"),
-        ("moved", f"{chunks.moved:,}"),
-        ("deleted", f"{chunks.deleted:,}"),
-    ]
-    if chunks.quarantined:
-        rows.append(("quarantined", f"{chunks.quarantined:,}"))
-    return rows
-
-
-def report_rows(report: RunReport) -> list[Row]:
-    """The report as label and value, in the order people read it."""
-    calls = report.calls.ok + report.calls.failed + report.calls.throttled
-    rows = [
-        ("index", report.index),
-        ("generation", _generation(report)),
-        *chunk_rows(report.chunks),
-        (
-            "texts embedded",
-            (
-                f"{report.texts.embedded:,} of {report.texts.unique:,}"
-                f" ({report.texts.from_cache:,} from the cache)"
-            ),
-        ),
-        ("calls", f"{calls:,}" + (f" ({report.calls.failed} failed)" if calls else "")),
-        ("tokens", f"{report.tokens.billed:,} billed, {report.tokens.estimated:,} estimated"),
-        ("cost", cost_text(report.cost)),
-        ("time", time_text(report.seconds)),
-    ]
-    if report.texts.embedded:
-        rows.append(("throughput", f"{report.throughput.chunks_per_second:,.0f} texts/s"))
-    if report.recovered_vectors:
-        rows.append(
-            ("recovered", f"{report.recovered_vectors:,} texts paid for by a run that died")
-        )
-    if report.unreadable_answers:
-        rows.append(("set aside", f"{report.unreadable_answers:,} unreadable journal files"))
-    if report.held:
-        rows.append(("kept unread", f"{report.held:,} (in the index, not readable in the corpus)"))
-    rows += skipped_rows(report.skipped, report.examples)
-    if report.error:
-        rows.append(("error", report.error))
-    return rows
-
-
-def skipped_rows(skipped: dict[str, int], examples: dict[str, list[str]]) -> list[Row]:
-    """What was left out, as label and value."""
-    rows = []
-    for reason, count in sorted(skipped.items()):
-        names = examples.get(reason, [])
-        more = ", …" if count > len(names) else ""
-        shown = f" ({', '.join(map(repr, names))}{more})" if names else ""
-        rows.append((f"skipped: {reason}", f"{count:,}{shown}"))
-    return rows
-
-
-def as_text(rows: Sequence[Row]) -> str:
-    """Rows as aligned lines."""
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
-
-
-def as_markdown(title: str, sentence: str, rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table under a title and a sentence."""
-    lines = [f"| {label} | {_cell(value)} |" for label, value in rows]
-    return "\n".join([f"## {title}", "", sentence, "", "| | |", "|---|---|", *lines])
-
-
-def headline(report: RunReport) -> str:
-    """The run in one sentence."""
-    if report.state == "failed":
-        return f"{report.name}: failed; the index is as it was."
-    left_out = " Something could not be read; its rows stay as they were."
-    if report.published == "none":
-        sentence = f"{report.name}: nothing changed, nothing embedded, no new version."
-        return sentence + (left_out if report.state == "incomplete" else "")
-    changed = report.chunks.added + report.chunks.changed + report.chunks.moved
-    sentence = (
-        f"{report.name}: generation {report.generation} published, {changed:,} chunks written, "
-        f"{report.chunks.deleted:,} deleted, {report.texts.embedded:,} texts embedded."
-    )
-    if report.state == "incomplete":
-        sentence += left_out
-    return sentence
-
-
-def cost_text(cost: Cost) -> str:
-    """Cost and savings in one line."""
-    saved = cost.saved_usd
-    parts = [
-        f"{cause} ${value:.4f}"
-        for cause, value in (
-            ("unchanged", saved.unchanged),
-            ("duplicates", saved.duplicates),
-            ("cache", saved.cache),
-        )
-        if value
-    ]
-    without = f"; ${cost.usd_without_reuse:.4f} without reuse" if cost.usd_without_reuse else ""
-    return f"${cost.usd:.4f}{without}" + (f" (saved: {', '.join(parts)})" if parts else "")
-
-
-def time_text(seconds: Seconds) -> str:
-    """Wall time with its largest parts."""
-    stages = seconds.model_dump(exclude={"total"})
-    longest = sorted(stages.items(), key=lambda item: -item[1])[:3]
-    parts = ", ".join(f"{name} {value:.1f} s" for name, value in longest if value >= 0.05)  # noqa: PLR2004
-    return f"{seconds.total:.1f} s" + (f" ({parts})" if parts else "")
+def place(row: Mapping[str, Any]) -> str:
+    """Where the chunk of this row stands, say `guide.md:3-9`."""
+    where = row["document"] or row["id"]
+    lines = f":{row['start_line']}-{row['end_line']}" if row["start_line"] is not None else ""
+    return f"{where}{lines}"
 
 
 def ledger_row(report: RunReport) -> dict[str, Any]:
@@ -303,13 +227,3 @@ def ledger_row(report: RunReport) -> dict[str, Any]:
         "usd": report.cost.usd,
         "report": report.model_dump_json(),
     }
-
-
-def _generation(report: RunReport) -> str:
-    if report.published == "none":
-        return f"{report.generation} (unchanged, no new version)"
-    return str(report.generation)
-
-
-def _cell(value: str) -> str:
-    return value.replace("|", "\\|").replace("\n", "<br>")

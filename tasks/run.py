@@ -4,33 +4,45 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 
 import numpy as np
+import pyarrow as pa
 
 from tasks.compare import tally
+from tasks.errors import BatchTooLarge, ProviderThrottled
 from tasks.fill import Filled
-from tasks.journal import About, Call, Recovered
-from tasks.params import Config
+from tasks.journal import About, Call, Refused, RunFolder
+from tasks.ledger import Ledger
+from tasks.limiter import LimiterStatistics
+from tasks.params import Config, Overrides
 from tasks.plan import Survey, chunks_of, cost_of, index_name, texts_of
 from tasks.publish import Published
+from tasks.quarantine import Quarantine
+from tasks.recover import Recovered
 from tasks.report import (
     Calls,
     Chunks,
     Concurrency,
     Cost,
     Latency,
+    LeftOut,
     Memory,
     RunReport,
     Seconds,
     Texts,
     Throughput,
     Tokens,
+    ledger_row,
+    place,
 )
 from tasks.schemas import CHANGES, DELETIONS
+
+LEFT_OUT_SHOWN = 20
+"""Chunks left out that a report names."""
 
 
 @dataclass
@@ -71,6 +83,37 @@ def died_report(about: About, calls: Sequence[Call]) -> RunReport:
     return ended_report(about, calls, "died", "The run ended without a word.")
 
 
+def record_notes(folder: RunFolder, calls: Sequence[Call]) -> None:
+    """Enter what a run wrote down, its calls and refused texts, in ledger and quarantine."""
+    Ledger(folder.state_uri).record_calls(calls)
+    now = datetime.now(tz=UTC).isoformat(timespec="milliseconds")
+    for space_id, refused in folder.refused().items():
+        Quarantine(folder.state_uri, space_id).add(refused.values(), folder.run_id, now)
+
+
+def record_death(folder: RunFolder, calls: Sequence[Call]) -> None:
+    """Enter a run that was killed in the ledger, with what it wrote down."""
+    record_notes(folder, calls)
+    if about := folder.about():
+        Ledger(folder.state_uri).record_run(ledger_row(died_report(about, calls)))
+
+
+def settle_quarantine(
+    survey: Survey, overrides: Overrides, refused: Sequence[Refused], run_id: str
+) -> dict[bytes, str]:
+    """Bring the quarantine in step with what a run has seen.
+
+    Returns:
+        Why each text is left out, by its hash.
+    """
+    quarantine, now = survey.quarantine, datetime.now(tz=UTC).isoformat(timespec="milliseconds")
+    quarantine.saw(survey.looked_up.quarantined.to_pylist(), run_id, now)
+    if overrides.retry_quarantined:
+        taken = survey.cache.holds(quarantine.hashes)
+        quarantine.release(quarantine.hashes.filter(pa.array(taken)).to_pylist())
+    return quarantine.reasons | {text.text_hash: text.reason for text in refused}
+
+
 def finished_report(
     *,
     survey: Survey,
@@ -78,6 +121,8 @@ def finished_report(
     published: Published,
     recovered: Recovered,
     calls: Sequence[Call],
+    sent: LimiterStatistics,
+    reasons: Mapping[bytes, str],
     about: About,
     clock: Clock,
 ) -> RunReport:
@@ -89,8 +134,12 @@ def finished_report(
     skipped = Counter(survey.keyed.notes.skipped)
     if filled.unsettled:
         skipped["changed while it was read"] = filled.unsettled
-    left_out = bool(filled.unsettled or survey.keyed.notes.failed or survey.compared.held)
     state = "unchanged" if published.way == "none" else "completed"
+    incomplete = bool(filled.unsettled or survey.keyed.notes.failed or survey.compared.held)
+    if incomplete:
+        state = "incomplete"
+    if filled.left_out.num_rows:
+        state = "quarantined"
     embed_s = clock.seconds.get("embed", 0.0)
     return RunReport(
         run_id=about.run_id,
@@ -98,9 +147,9 @@ def finished_report(
         index=about.index,
         generation=published.generation,
         published=published.way,
-        state="incomplete" if left_out else state,
+        state=state,
         started_at=about.started_at,
-        chunks=chunks_of(survey, counts),
+        chunks=chunks_of(survey, counts, quarantined=filled.left_out.num_rows),
         texts=texts_of(survey, embedded),
         calls=_calls(calls),
         tokens=tokens,
@@ -114,15 +163,22 @@ def finished_report(
             publish=clock.seconds.get("publish", 0.0),
             total=clock.total(),
         ),
-        throughput=_throughput(survey, embedded, len(calls), tokens.billed, embed_s),
+        throughput=_throughput(embedded, tokens.billed, embed_s, sent),
         latency_ms=_latency(ok),
-        concurrency=_concurrency(survey.config, calls, embed_s),
+        concurrency=Concurrency(
+            limit=survey.config.limits.concurrency,
+            reached=sent.peak_in_flight,
+            busy_fraction=sent.in_flight_seconds / sent.slot_seconds if sent.slot_seconds else 0.0,
+        ),
         memory=Memory(peak_bytes=peak_bytes()),
+        waited_seconds=sent.waited_seconds,
+        refused=_left_out(filled, reasons),
         skipped=dict(skipped),
         examples=survey.keyed.notes.examples,
         held=survey.compared.held,
         recovered_vectors=recovered.vectors,
         unreadable_answers=len(recovered.set_aside),
+        incomplete=incomplete,
     )
 
 
@@ -161,11 +217,15 @@ def peak_bytes() -> int:
 
 
 def _calls(calls: Sequence[Call]) -> Calls:
-    ok = sum(call.status == "ok" for call in calls)
+    ended = Counter(call.status for call in calls)
+    ok, throttled = ended["ok"], ended[ProviderThrottled.__name__]
+    split = ended[BatchTooLarge.__name__]
     return Calls(
         ok=ok,
-        failed=len(calls) - ok,
-        retried=sum(call.attempt > 1 for call in calls),
+        failed=len(calls) - ok - throttled - split,
+        throttled=throttled,
+        split=split,
+        retried=sum(call.cause == "retry" for call in calls),
     )
 
 
@@ -176,16 +236,14 @@ def _tokens(calls: Sequence[Call]) -> Tokens:
     )
 
 
-def _throughput(
-    survey: Survey, embedded: int, calls: int, tokens: int, seconds: float
-) -> Throughput:
+def _throughput(embedded: int, tokens: int, seconds: float, sent: LimiterStatistics) -> Throughput:
     if not embedded or not seconds:
         return Throughput()
-    needed = survey.provider.limits.seconds_needed(calls, tokens)
+    limited = sent.requests_per_minute or sent.tokens_per_minute
     return Throughput(
         chunks_per_second=embedded / seconds,
         tokens_per_second=tokens / seconds,
-        limit_used_fraction=needed / seconds if needed else None,
+        limit_used_fraction=sent.limit_used_fraction if limited else None,
     )
 
 
@@ -196,7 +254,9 @@ def _latency(ok: Sequence[Call]) -> Latency:
     return Latency(p50=float(p50), p95=float(p95), p99=float(p99))
 
 
-def _concurrency(config: Config, calls: Sequence[Call], seconds: float) -> Concurrency:
-    limit = config.limits.concurrency
-    busy = sum(call.seconds for call in calls)
-    return Concurrency(limit=limit, busy_fraction=busy / (limit * seconds) if seconds else 0.0)
+def _left_out(filled: Filled, reasons: Mapping[bytes, str]) -> tuple[LeftOut, ...]:
+    """The first of the chunks whose text is refused."""
+    rows = filled.left_out.slice(0, LEFT_OUT_SHOWN).to_pylist()
+    return tuple(
+        LeftOut(chunk=place(row), reason=reasons.get(row["text_hash"], "refused")) for row in rows
+    )

@@ -84,7 +84,7 @@ MISSES = pa.schema(
 """Each text to pay for, once, in corpus order."""
 
 PACKED = pa.schema([*MISSES, pa.field("batch", pa.int32(), nullable=False)])
-"""The same with the number of the batch it goes in, from 1."""
+"""The same with the number of the batch it is planned for, from 1."""
 
 BATCH = pa.schema(
     [
@@ -96,12 +96,12 @@ BATCH = pa.schema(
 """The texts of one batch."""
 
 
-def vectors_schema(dimension: int) -> pa.Schema:
-    """Schema of remembered vectors: text_hash and vector, float32 of `dimension`."""
+def vectors_schema(vector: pa.DataType) -> pa.Schema:
+    """Schema of remembered vectors: text_hash and vector, of the type that the space has."""
     return pa.schema(
         [
             pa.field("text_hash", HASH, nullable=False),
-            pa.field("vector", pa.list_(pa.float32(), dimension), nullable=False),
+            pa.field("vector", vector, nullable=False),
         ]
     )
 
@@ -119,6 +119,18 @@ def rows_schema(metadata: Iterable[pa.Field]) -> pa.Schema:
             *metadata,
         ]
     )
+
+
+LEFT_OUT = pa.schema(
+    [
+        pa.field("id", pa.utf8(), nullable=False),
+        pa.field("document", pa.utf8()),
+        pa.field("text_hash", HASH, nullable=False),
+        pa.field("start_line", pa.int32()),
+        pa.field("end_line", pa.int32()),
+    ]
+)
+"""Rows that the index lacks because the provider refuses their text."""
 
 
 OWN_COLUMNS = frozenset(
@@ -206,12 +218,10 @@ class Batch:
 
     Attributes:
         number: From 1.
-        of: Batches planned in all.
         table: BATCH.
         tokens: Estimated tokens in all.
     """
 
     number: int
-    of: int
     table: TableRef
     tokens: int

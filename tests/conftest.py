@@ -15,7 +15,7 @@ import pytest
 from tasks.embed import embed_batch
 from tasks.fill import Filled, Filling
 from tasks.index import adopt, held, vectors_of
-from tasks.journal import Call, Recovered, RunFolder, fold, recover, unfolded_answers
+from tasks.journal import Call, RunFolder, fold, unfolded_answers
 from tasks.keys import hash_column, text_hash
 from tasks.limits import Limits
 from tasks.params import Config, Index, Overrides
@@ -23,7 +23,9 @@ from tasks.plan import Survey, require_safe, survey
 from tasks.providers.lexical import Lexical
 from tasks.publish import Published, publish
 from tasks.read import ReadNotes, Wanted
+from tasks.recover import Recovered, recover
 from tasks.schemas import BATCH, CHUNKS, TableRef, vectors_schema
+from tasks.sender import Terms, forget_sender, sender_of
 
 ANY = Limits(
     requests_per_minute=None,
@@ -62,7 +64,7 @@ def paid(lexical: Lexical) -> Callable[..., pa.Table]:
             hash_column([text_hash(text) for text in texts]),
             pa.FixedSizeListArray.from_arrays(vectors, lexical.dimension),
         ]
-        return pa.Table.from_arrays(columns, schema=vectors_schema(lexical.dimension))
+        return pa.Table.from_arrays(columns, schema=vectors_schema(lexical.space.vector_type))
 
     return embed
 
@@ -94,13 +96,18 @@ def index_in() -> Callable[..., Index]:
 def call_of() -> Callable[..., Call]:
     """A call to a provider that ended well."""
 
-    def make(run_id: str = "run", batch: int = 1, attempt: int = 1, status: str = "ok") -> Call:
+    def make(
+        run_id: str = "run", batch: int = 1, attempt: int = 1, status: str = "ok", call: int = 1
+    ) -> Call:
         return Call(
             run_id=run_id,
             batch=batch,
             attempt=attempt,
+            call=call,
+            cause="first",
             status=status,
             started_at="2026-01-01T00:00:00+00:00",
+            waited=0.0,
             seconds=0.5,
             texts=1,
             tokens_estimated=3,
@@ -200,7 +207,7 @@ def reindex() -> Callable[..., Ran]:
         overrides = overrides or Overrides()
         folder, calls = RunFolder(config.state.uri, f"run-{next(numbers):04d}"), list[Call]()
         with held(config.index, folder.run_id):
-            recovered = recover(config.state.uri, calls.extend)
+            recovered = recover(config.state.uri, lambda _, found: calls.extend(found))
             adopt(config.index)
             with folder.alive():
                 found = survey(config, overrides, folder.staging)
@@ -220,30 +227,31 @@ def reindex() -> Callable[..., Ran]:
                     cache=found.cache,
                     run_id=folder.run_id,
                 )
-                folder.forget_calls()
+                folder.forget_notes()
         return Ran(found, published, sent, recovered, calls)
 
     return run
 
 
 def embed_all(found: Survey, folder: RunFolder, die_after: int | None) -> tuple[Filled, list[str]]:
+    terms = Terms(found.provider, folder, 0.0)
     filling = Filling(
         reader=found.reader,
         changes=found.compared.changes,
         deletions=found.compared.deletions,
         packed=found.packed.table,
-        batches=found.packed.batches,
-        limits=found.provider.limits,
+        sizes=sender_of(terms),
         folder=folder.staging,
     )
     sent: list[str] = []
     for number, batch in enumerate(filling.batches()):
         if number == die_after:
             raise Died
-        embed_batch(batch, found.provider, folder, 0.0, attempt=1)
+        embed_batch(batch, terms, attempt=1)
         sent += batch.table.load(BATCH).column("text").to_pylist()
     fold(folder, found.cache)
-    return filling.finish(), sent
+    forget_sender(folder)
+    return filling.finish(found.refused([])), sent
 
 
 @pytest.fixture(scope="session")

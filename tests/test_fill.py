@@ -14,7 +14,8 @@ from tasks.cache import Cache
 from tasks.compare import Compared, Held, compare
 from tasks.fill import Filled, Filling
 from tasks.fingerprint import fingerprint
-from tasks.keys import digest, identified, key_columns
+from tasks.keys import digest, hash_column, identified, key_columns, text_hash
+from tasks.limits import Limits
 from tasks.lookup import lookup
 from tasks.pack import Packed, pack
 from tasks.providers.lexical import Lexical
@@ -51,6 +52,20 @@ class Result:
         return [batch.table.load(BATCH).column("text").to_pylist() for batch in self.batches]
 
 
+@dataclass
+class Sizes:
+    """Nothing is learned while batches fill."""
+
+    lexical: Lexical
+    limits: Limits
+
+    def counts(self, texts: Sequence[str]) -> Any:
+        return self.lexical.counts(texts)
+
+    def request_limits(self) -> Limits:
+        return self.limits
+
+
 Fill = Callable[..., Result]
 
 
@@ -64,15 +79,19 @@ def fill(fresh: Callable[[], Path], lexical: Lexical, memory_reader: type[Any]) 
         index: State = (),
         texts_per_request: int = 2,
         kind: Kind = "table",
+        *,
+        quarantined: str = "",
+        refused: str = "",
     ) -> Result:
         folder = fresh()
         old = rows_of(memory_reader([index]))
         reader = memory_reader([first, first if second is None else second])
-        keyed = fingerprint(reader, lexical.count, folder / "keyed.arrow")
+        keyed = fingerprint(reader, lexical, folder / "keyed.arrow")
         indexed = TableRef.write(folder / "indexed.arrow", INDEXED, map(as_indexed, old))
         compared = compare(keyed.table, indexed, kind, Held(), folder)
         cache = Cache(str(folder), lexical.space)
-        looked_up = lookup(compared.changes, indexed, cache, [], folder / "misses.arrow")
+        known_bad = hash_column([text_hash(text) for text in quarantined])
+        looked_up = lookup(compared.changes, indexed, cache, [], known_bad, folder / "misses.arrow")
         limits = replace(lexical.limits, texts_per_request=texts_per_request)
         packed = pack(looked_up.misses, limits, folder / "packed.arrow")
         filling = Filling(
@@ -80,12 +99,11 @@ def fill(fresh: Callable[[], Path], lexical: Lexical, memory_reader: type[Any]) 
             changes=compared.changes,
             deletions=compared.deletions,
             packed=packed.table,
-            batches=packed.batches,
-            limits=limits,
+            sizes=Sizes(lexical, limits),
             folder=folder,
         )
         batches = list(filling.batches())
-        filled = filling.finish()
+        filled = filling.finish(hash_column([text_hash(text) for text in (*quarantined, *refused)]))
         rows = filled.rows.load(rows_schema(reader.metadata)).to_pylist()
         after = {row["id"]: row for batch in old for row in batch.to_pylist()}
         for id_ in filled.deletions.load(DELETIONS).column("id").to_pylist():
@@ -151,7 +169,6 @@ def test_a_corpus_that_stays_as_it_was_is_sent_as_it_was_planned(
         for row in batch.table.load(BATCH).drop_columns("text").to_pylist()
     ]
     assert sent == packed
-    assert [batch.of for batch in found.batches] == [found.packed.batches] * len(found.batches)
     assert sum(batch.tokens for batch in found.batches) == found.packed.tokens
     assert found.after == standing(corpus, memory_reader)
     assert found.filled.unsettled == 0

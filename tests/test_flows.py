@@ -185,8 +185,8 @@ def test_each_stage_is_a_task_of_the_flow_run(home: Path) -> None:
         "compare",
         "lookup",
         "pack",
-        "embed batch 1 of 2",
-        "embed batch 2 of 2",
+        "embed batch 1",
+        "embed batch 2",
         "publish",
     }
     names: set[str] = set()
@@ -328,8 +328,12 @@ class Scripted:
     def space(self) -> Space:
         return Lexical(64, self.limits).space
 
-    def count(self, text: str) -> int:
-        return len(text)
+    @property
+    def estimate(self) -> Lexical:
+        return Lexical(64, self.limits)
+
+    def for_queries(self) -> "Scripted":
+        return self
 
     def embed(self, texts: Sequence[str]) -> Answer:
         with (self.folder / "asked").open("a") as file:
@@ -380,13 +384,12 @@ def test_a_busy_provider_is_asked_again_and_every_call_is_noted(home: Path) -> N
     assert len(provider.asked) == 4
 
 
-def test_a_provider_that_denies_is_not_asked_again_and_the_rest_is_kept(home: Path) -> None:
+def test_a_provider_that_denies_is_asked_once_and_never_again(home: Path) -> None:
     provider = scripted(home / "script", ProviderDenied)
     folder = RunFolder(str(home / "state"), "run-1")
-    with pytest.raises(EmbedOnceError, match="1 of 2 batches failed"):
+    with pytest.raises(EmbedOnceError, match="as scripted.*0 texts of 4 are paid for"):
         embedded_with(home, provider, folder)
-    assert len(provider.asked) == 2
-    assert len(Cache(str(home / "state"), provider.space)) == 2
+    assert len(provider.asked) == 1
 
 
 def test_a_killed_run_costs_nothing_but_what_was_in_flight(home: Path) -> None:
@@ -452,7 +455,7 @@ def test_what_another_living_run_has_paid_for_is_not_paid_for_again(home: Path) 
     other = RunFolder(str(home / "state"), "other")
     with other.alive():
         texts = ["alpha apples arrive"]
-        call = Call("other", 1, 1, "ok", "2026-01-01T00:00:00", 0.1, 1, 5, 5, 0.0, "")
+        call = Call("other", 1, 1, 1, "first", "ok", "2026-01-01", 0.0, 0.1, 1, 5, 5, 0.0, "")
         hashes = hash_column([text_hash(text) for text in texts])
         other.write_answer(hashes, provider.embed(texts).vectors, provider.space, call)
         report = reindexed(home)

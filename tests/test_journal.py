@@ -21,16 +21,15 @@ from tasks.cache import Cache
 from tasks.errors import EmbedOnceError
 from tasks.journal import (
     Call,
-    Recovered,
     RunFolder,
     fold,
     read_answer,
-    recover,
     unfolded_answers,
     unfolded_hashes,
 )
 from tasks.keys import hash_column, text_hash
 from tasks.providers.lexical import Lexical
+from tasks.recover import Recovered, recover
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["alpha", "beta", "gamma"]
@@ -239,7 +238,7 @@ class Records:
     def __init__(self) -> None:
         self.calls: list[Call] = []
 
-    def __call__(self, calls: list[Call]) -> None:
+    def __call__(self, _folder: RunFolder, calls: list[Call]) -> None:
         self.calls += calls
 
 
@@ -333,7 +332,7 @@ from tasks.limits import Limits
 from tasks.providers.lexical import Lexical
 folder, provider = RunFolder(sys.argv[1], "killed"), Lexical(256, Limits(None, None, 9, None, 1))
 words = ["alpha", "beta", "gamma"]
-call = Call("killed", 1, 1, "ok", "2026-01-01T00:00:00+00:00", 0.5, 3, 3, 3, 0.0, "")
+call = Call("killed", 1, 1, 1, "first", "ok", "2026-01-01", 0.0, 0.5, 3, 3, 3, 0.0, "")
 hashes = hash_column([text_hash(word) for word in words])
 with folder.alive():
     print("ready", flush=True)
@@ -384,7 +383,7 @@ def test_an_unreadable_answer_is_set_aside_and_counted(
     bad.write_bytes(bad.read_bytes()[:-20])
     found = recover(str(tmp_path), Records())
     assert found.vectors == 1
-    assert found.set_aside == (tmp_path / "set-aside" / "run-00000002.arrow",)
+    assert found.set_aside == (tmp_path / "set-aside" / "run-00000002-01-00001.arrow",)
     assert found.set_aside[0].exists()
 
 
@@ -483,9 +482,9 @@ def test_calls_in_their_answer_and_in_the_notes_count_once(
     folder.note(call_of(batch=2, attempt=1, status="ProviderBusy"))
     folder.note(call_of(batch=2, attempt=2, status="ProviderBusy"))
     assert [(call.batch, call.attempt) for call in folder.calls()] == [(1, 1), (2, 1), (2, 2)]
-    folder.forget_calls()
+    folder.forget_notes()
     assert [call.batch for call in folder.calls()] == [1]
-    folder.forget_calls()
+    folder.forget_notes()
 
 
 def test_a_folder_stays_only_while_it_holds_something(
@@ -503,7 +502,7 @@ def test_a_folder_stays_only_while_it_holds_something(
         fold(folder, cache)
     assert folder.calls()
     with folder.alive():
-        folder.forget_calls()
+        folder.forget_notes()
     assert not folder.path.exists()
 
 

@@ -45,6 +45,7 @@ def look(
         cached: str = "",
         unfolded: Sequence[str] = (),
         published: str = "",
+        quarantined: str = "",
     ) -> Found:
         folder = fresh()
         cache = Cache(str(folder), lexical.space)
@@ -72,7 +73,10 @@ def look(
             for text in published
         ]
         journal = [hash_column([text_hash(text) for text in texts]) for texts in unfolded]
-        result = lookup(ref(CHANGES, rows), ref(INDEXED, index), cache, journal, folder / "m.arrow")
+        refused = hash_column([text_hash(text) for text in quarantined])
+        result = lookup(
+            ref(CHANGES, rows), ref(INDEXED, index), cache, journal, refused, folder / "m.arrow"
+        )
         misses = result.misses.load(MISSES)
         assert misses.column("tokens").to_pylist() == [
             TOKENS[text] for text in texts_of(misses.column("text_hash").to_pylist())

@@ -4,16 +4,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from tasks.errors import AnswerRejected
-from tasks.limits import Limits
+from tasks.limits import Estimator, Learned, Limits
 
-Vectors = npt.NDArray[np.float32]
-"""float32, shape (texts, dimension)."""
+Vectors = npt.NDArray[Any]
+"""float32, shape (texts, dimension); or uint8, shape (texts, dimension / 8), a bit a number."""
 
 UNIT_TOLERANCE = 1e-3
 """How far from 1 the norm of a vector may be that is promised to be a unit vector."""
@@ -27,9 +28,16 @@ class Space:
     model: str
     dimension: int
     dtype: str = "float"
-    input_type: str = "document"
+    input_type: str | None = "document"
     truncation: bool = False
     preparation: str = "1"
+
+    @property
+    def vector_type(self) -> pa.DataType:
+        """Arrow type of one vector: float32 numbers, or bytes of eight bits each."""
+        if self.dtype == "ubinary":
+            return pa.list_(pa.uint8(), self.dimension // 8)
+        return pa.list_(pa.float32(), self.dimension)
 
     @property
     def id(self) -> str:
@@ -55,16 +63,18 @@ class Answer:
     """What one call brought.
 
     Attributes:
-        vectors: float32, one row a text.
+        vectors: One row a text: float32, or packed bits (uint8) in a space of ubinary.
         order: For each row the position of its text in the request, as the provider says.
         billed_tokens: Tokens the provider counted, by its own word.
         request_id: The provider's name for the call, "" where it has none.
+        learned: Limits of the account that came with the answer.
     """
 
     vectors: Vectors
     order: Sequence[int]
     billed_tokens: int
     request_id: str = ""
+    learned: Learned = Learned()
 
 
 class Provider(Protocol):
@@ -86,14 +96,19 @@ class Provider(Protocol):
     def unit_vectors(self) -> bool:
         """Whether the vendor promises unit vectors."""
 
-    def count(self, text: str) -> int:
-        """Estimated tokens of `text`, at least 1."""
+    @property
+    def estimate(self) -> Estimator:
+        """How many tokens its texts have."""
+
+    def for_queries(self) -> "Provider":
+        """The one that embeds what is searched for; its vectors compare with those of `space`."""
 
     def embed(self, texts: Sequence[str]) -> Answer:
         """Embed `texts` in one call, with no retry of its own.
 
         Raises:
             ProviderBusy: The same call may work later.
+            ProviderThrottled: The account's limit is reached.
             BatchTooLarge: The call holds too much.
             BatchRefused: A text in it is bad.
             ProviderDenied: No call can work.
@@ -107,13 +122,16 @@ def checked_vectors(answer: Answer, texts: int, provider: Provider) -> Vectors:
 
     Raises:
         AnswerRejected: Too few or too many rows, an order that is no permutation, a wrong
-            dimension, a number that is not finite, or a norm that is wrong or zero.
+            dimension, a number that is not finite, or a norm that is wrong or zero. Where
+            single rows are bad, the fact `positions` names their texts.
     """
-    vectors = np.asarray(answer.vectors, dtype=np.float32)
-    if vectors.shape != (texts, provider.dimension):
+    bits = provider.space.dtype == "ubinary"
+    vectors: Vectors = np.asarray(answer.vectors, dtype=np.uint8 if bits else np.float32)
+    wanted = (texts, provider.space.vector_type.list_size)
+    if vectors.shape != wanted:
         raise AnswerRejected(
             f"{provider.space} answered with vectors of shape {vectors.shape}; "
-            f"{(texts, provider.dimension)} was asked for. Nothing of it was stored."
+            f"{wanted} was asked for. Nothing of it was stored."
         )
     order = np.asarray(answer.order, dtype=np.int64)
     if not np.array_equal(np.sort(order), np.arange(texts)):
@@ -121,15 +139,32 @@ def checked_vectors(answer: Answer, texts: int, provider: Provider) -> Vectors:
             f"{provider.space} did not name each of {texts} texts exactly once. "
             "Nothing of its answer was stored."
         )
-    if not np.isfinite(vectors).all():
-        raise AnswerRejected(f"{provider.space} answered with numbers that are not finite.")
-    norms = np.linalg.norm(vectors.astype(np.float64), axis=1)  # squares leave float32 early
-    if (norms == 0).any():
-        raise AnswerRejected(f"{provider.space} answered with a vector of zeros.")
-    if provider.unit_vectors and (np.abs(norms - 1) > UNIT_TOLERANCE).any():
-        raise AnswerRejected(f"{provider.space} answered with vectors that are not of length 1.")
-    if not provider.unit_vectors:
-        vectors = (vectors / norms[:, None]).astype(np.float32)
+    if not bits:
+        vectors = _checked_numbers(vectors, order, provider)
     ordered = np.empty_like(vectors)
     ordered[order] = vectors
     return ordered
+
+
+def _checked_numbers(
+    vectors: Vectors, order: npt.NDArray[np.int64], provider: Provider
+) -> npt.NDArray[np.float32]:
+    """Float vectors of length 1 and finite."""
+    finite = np.asarray(np.isfinite(vectors).all(axis=1))
+    # Squares leave float32 early.
+    norms = np.linalg.norm(np.where(finite[:, None], vectors, 1).astype(np.float64), axis=1)
+    off = np.abs(norms - 1) > UNIT_TOLERANCE if provider.unit_vectors else norms < 0
+    for bad, what in (
+        (~finite, "numbers that are not finite"),
+        (norms == 0, "a vector of zeros"),
+        (off, "a vector that is not of length 1"),
+    ):
+        if bad.any():
+            raise AnswerRejected(
+                f"{provider.space} answered {int(bad.sum())} of {len(vectors)} texts with {what}. "
+                "Nothing of its answer was stored.",
+                positions=sorted(order[bad].tolist()),
+            )
+    if not provider.unit_vectors:
+        vectors = vectors / norms[:, None]
+    return vectors.astype(np.float32, copy=False)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from tasks.limits import Limits
 from tasks.providers import Answer, Space, Vectors
@@ -87,10 +88,28 @@ class Lexical:
         """Every vector has length 1."""
         return True
 
+    @property
+    def estimate(self) -> "Lexical":
+        """Its own count."""
+        return self
+
+    @property
+    def margin(self) -> float:
+        """Its count is exact."""
+        return 0.0
+
     def count(self, text: str) -> int:
         """A quarter of the UTF-8 bytes of `text`, at least 1: nothing is paid by it."""
         size = len(text) if text.isascii() else len(_utf8(text))
         return max(1, -(-size // 4))
+
+    def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
+        """`count` of each of `texts`."""
+        return np.fromiter(map(self.count, texts), np.int32, len(texts))
+
+    def for_queries(self) -> "Lexical":
+        """A query is embedded like a document."""
+        return self
 
     def embed(self, texts: Sequence[str]) -> Answer:
         """Embed `texts`; row i belongs to text i."""

@@ -2,10 +2,12 @@
 
 from tasks.catalog import dimension_of, facts_for, limits_for
 from tasks.errors import SettingsError
+from tasks.limits import Estimator
 from tasks.params import Config
 from tasks.providers import Provider
 from tasks.providers.lexical import Lexical
-from tasks.providers.voyage import Voyage
+from tasks.providers.voyage import Voyage, require_key
+from tasks.tokens import TokenizerEstimate, load
 
 
 def open_provider(config: Config) -> Provider:
@@ -14,26 +16,39 @@ def open_provider(config: Config) -> Provider:
     Raises:
         SettingsError: Provider, model, dimension and limits do not fit together.
     """
-    facts = facts_for(config.embedding)
-    dimension = dimension_of(config.embedding)
+    embedding = config.embedding
+    facts = facts_for(embedding)
+    dimension = dimension_of(embedding)
     limits = limits_for(config.limits, facts)
     if facts.provider == "lexical":
         return Lexical(dimension, limits)
-    return Voyage(facts.name, dimension, limits)
+    estimate: Estimator
+    if embedding.tokenizer is not None:
+        estimate = TokenizerEstimate(embedding.tokenizer)
+    else:
+        estimate = load(config.state.uri, facts.provider, facts.name).estimate()
+    return Voyage(
+        facts.name,
+        dimension,
+        limits,
+        dtype=embedding.output_dtype,
+        input_type=embedding.input_type,
+        base_url=embedding.base_url,
+        api_key_block=embedding.api_key_block,
+        estimate=estimate,
+    )
 
 
 def open_embedder(config: Config) -> Provider:
     """The provider, for embedding.
 
     Raises:
-        SettingsError: As in `open_provider`, or it can be planned but not called yet.
+        SettingsError: As in `open_provider`, there is no key, or limits a minute are given to
+            a provider that has none.
     """
     provider = open_provider(config)
     if isinstance(provider, Voyage):
-        raise SettingsError(
-            "embedding.provider: this version plans for 'voyage' but does not call it. "
-            "Use `embed-once plan` for the price, or provider 'lexical' to build an index."
-        )
+        require_key(provider)
     if facts_for(config.embedding).tiers is None:
         for name in ("requests_per_minute", "tokens_per_minute"):
             if getattr(config.limits, name) is not None:
@@ -41,4 +56,9 @@ def open_embedder(config: Config) -> Provider:
                     f"limits.{name}: {config.embedding.provider!r} runs on this machine and has "
                     "no limit a minute; set it to null."
                 )
+        if config.limits.shared:
+            raise SettingsError(
+                f"limits.shared: {config.embedding.provider!r} runs on this machine and has no "
+                "account to share; set it to false."
+            )
     return provider

@@ -36,7 +36,8 @@ from tasks.plan import open_reader
 from tasks.providers.opening import open_embedder
 from tasks.publish import publish
 from tasks.run import peak_bytes
-from tasks.schemas import Batch, TableRef
+from tasks.schemas import HASH, Batch, TableRef
+from tasks.sender import Terms, sender_of
 
 SEED = 7
 WORDS = 30_000
@@ -145,7 +146,7 @@ def run(config: Config, name: str) -> Stages:
     started = time.perf_counter()
     with folder.alive():
         _stages(config, folder, stages)
-        folder.forget_calls()
+        folder.forget_notes()
     stages.seconds = time.perf_counter() - started
     return stages
 
@@ -155,9 +156,9 @@ def _stages(config: Config, folder: RunFolder, stages: Stages) -> None:
     provider, reader = open_embedder(config), open_reader(config, Overrides())
     identity = Identity(provider.space, reader.splitter)
     table = open_index(config.index)
-    price = facts_for(config.embedding).usd_per_million_tokens
+    terms = Terms(provider, folder, facts_for(config.embedding).usd_per_million_tokens)
 
-    keyed = fingerprint(reader, provider.count, staging / "keyed.arrow")
+    keyed = fingerprint(reader, provider.estimate, staging / "keyed.arrow")
     stages.add("read", keyed.read_s, keyed.table.rows)
     stages.add("fingerprint", keyed.fingerprint_s, keyed.table.rows)
     indexed = timed("scan the index", lambda: scan(table, staging / "indexed.arrow"), _rows)
@@ -174,6 +175,7 @@ def _stages(config: Config, folder: RunFolder, stages: Stages) -> None:
             indexed,
             cache,
             unfolded_hashes(config.state.uri, identity.space),
+            NOTHING,
             staging / "misses.arrow",
         ),
         lambda _: compared.changes.rows,
@@ -190,16 +192,15 @@ def _stages(config: Config, folder: RunFolder, stages: Stages) -> None:
             changes=compared.changes,
             deletions=compared.deletions,
             packed=packed.table,
-            batches=packed.batches,
-            limits=provider.limits,
+            sizes=sender_of(terms),
             folder=staging,
         )
-        return list(filling.batches()), filling.finish()
+        return list(filling.batches()), filling.finish(NOTHING)
 
     batches, filled = timed("fill", fill, lambda result: result[1].rows.rows)
     answers = timed(
         "embed",
-        lambda: [embed_batch(batch, provider, folder, price, attempt=1) for batch in batches],
+        lambda: [embed_batch(batch, terms, attempt=1) for batch in batches],
         lambda result: sum(answer.texts for answer in result),
     )
     timed(
@@ -223,6 +224,9 @@ def _stages(config: Config, folder: RunFolder, stages: Stages) -> None:
     stages.lines[-1] = stages.lines[-1]._replace(stage=f"publish ({published.way})")
 
 
+NOTHING = pa.array([], HASH)
+
+
 def _rows(table: TableRef) -> int:
     return table.rows
 
@@ -232,7 +236,7 @@ def _groups(answers: Sequence[Embedded]) -> Iterator[list[Path]]:
     group: list[Path] = []
     texts = 0
     for answer in answers:
-        group.append(answer.answer)
+        group += answer.answers
         texts += answer.texts
         if texts >= FOLD_TEXTS:
             yield group

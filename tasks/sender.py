@@ -1,0 +1,118 @@
+"""Sender: what all batches of a run share in one process: its limits, and what it has learned."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tasks.errors import EmbedOnceError
+from tasks.journal import RunFolder
+from tasks.limiter import Limiter
+from tasks.limits import Estimator, Learned, Limits
+from tasks.progress import tell_waiting
+from tasks.providers import Provider
+from tasks.shared_limits import shared_window
+from tasks.tokens import Calibration, Estimate, load, save
+
+OnError = Literal["quarantine", "fail_fast", "collect"]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all batches of a run share. A value: it crosses to other processes.
+
+    Attributes:
+        provider: Who embeds; no retries of its own.
+        folder: The run's folder, with its journal.
+        usd_per_million_tokens: List price.
+        on_error: What becomes of a text that is refused.
+        max_wait_s: Seconds without any answer that count as an outage.
+        shared: Whether the account's limits are shared with other runs.
+    """
+
+    provider: Provider
+    folder: RunFolder
+    usd_per_million_tokens: float
+    on_error: OnError = "quarantine"
+    max_wait_s: float = 600.0
+    shared: bool = False
+
+
+class Sender:
+    """Who sends for a run, in this process.
+
+    Attributes:
+        limiter: Lets a call go when account and concurrency allow it.
+        works: Whether the provider has taken any text in this run.
+    """
+
+    def __init__(self, terms: Terms) -> None:
+        self._folder = folder = terms.folder
+        self._provider = provider = terms.provider
+        self._calibration: Calibration | None = None
+        if isinstance(provider.estimate, Estimate):
+            space = provider.space
+            self._calibration = load(folder.state_uri, space.provider, space.model)
+        self.works = False
+        self.limiter = Limiter(
+            provider.limits,
+            max_wait_s=terms.max_wait_s,
+            shared=shared_window(provider) if terms.shared else None,
+            tell=tell_waiting,
+        )
+
+    def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
+        """Tokens of each of `texts`, by what is known by now."""
+        return self._estimate().counts(texts)
+
+    def tokens(self, texts: Sequence[str]) -> int:
+        """Tokens of all `texts` together."""
+        return int(self.counts(texts).sum())
+
+    def request_limits(self) -> Limits:
+        """What one call takes by now, with a margin for estimates."""
+        return self.limiter.limits.with_margin(self._estimate().margin)
+
+    def learn(self, texts: Sequence[str], billed_tokens: int) -> None:
+        """Take in what the provider has counted."""
+        if self._calibration is not None:
+            self._calibration.learn(texts, billed_tokens)
+
+    def too_large(self, texts: Sequence[str], tokens: int | None, learned: Learned) -> None:
+        """Take in that a call was too large; `tokens` is the provider's own count of it."""
+        self.limiter.too_large(learned)
+        if tokens is not None and self._calibration is not None:
+            self._calibration.too_large(texts, tokens)
+
+    def stop(self, error: EmbedOnceError) -> None:
+        """Let nothing more be sent: what waits, and what comes later, ends with `error`."""
+        self.limiter.stop(error)
+
+    def save(self) -> None:
+        """Keep what was learned of tokens for the next run."""
+        if self._calibration is not None:
+            save(self._folder.state_uri, self._folder.run_id, self._calibration)
+
+    def _estimate(self) -> Estimator:
+        return self._calibration.estimate() if self._calibration else self._provider.estimate
+
+
+_senders: dict[RunFolder, Sender] = {}
+_lock = threading.Lock()
+
+
+def sender_of(terms: Terms) -> Sender:
+    """The one that all batches of this run in this process share."""
+    with _lock:
+        if terms.folder not in _senders:
+            _senders[terms.folder] = Sender(terms)
+        return _senders[terms.folder]
+
+
+def forget_sender(folder: RunFolder) -> None:
+    """Let go of the sender of a run that has ended."""
+    with _lock:
+        _senders.pop(folder, None)

@@ -1,0 +1,164 @@
+"""What the docs of Voyage leave open, asked of the API itself with at most 20 small calls.
+
+    VOYAGE_API_KEY=... pytest tests/live -m live
+
+It takes a minute, or seven on the free trial, and bills less than a cent: what would cost
+more is there to be refused. What is seen is written to a file that holds neither key, text
+nor vector; its path is printed at the end.
+"""
+
+import base64
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tasks.errors import BatchRefused, BatchTooLarge, ProviderDenied, ProviderThrottled
+
+pytestmark = pytest.mark.live
+
+TEXTS = [
+    "A heron waits at the edge of the reeds.",
+    "The lighthouse keeper writes down the weather twice a day.",
+    "Fresh bread cools on the window sill.",
+]
+LONG = "the tide comes in and goes out again " * 6_000
+SHORTS = [f"wave {number}" for number in range(1001)]
+HEAVY = ["the tide comes in and goes out again " * 50] * 990
+
+Floats = npt.NDArray[np.float32]
+_first: dict[str, Floats] = {}
+
+
+def rows(answer: dict[str, Any]) -> Floats:
+    """The vectors by index."""
+    items = sorted(answer["data"], key=lambda item: int(item["index"]))
+    return np.stack([np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in items])
+
+
+def cosines(some: Floats, others: Floats) -> list[float]:
+    return [round(float(value), 4) for value in (some * others).sum(axis=1)]
+
+
+def test_an_answer_has_an_index_each_a_bill_and_a_name(live: Any) -> None:
+    answer = live.vectors(TEXTS)
+    found = _first["float"] = rows(answer)
+    norms = np.linalg.norm(found, axis=1)
+    live.facts["answer"] = {
+        "headers": sorted(answer["headers"]),
+        "fields": sorted(key for key in answer if key != "headers"),
+        "in_order": [item["index"] for item in answer["data"]] == [0, 1, 2],
+        "norm_off_by": float(np.abs(norms - 1).max()),
+        "warned": bool(answer["headers"].get("x-api-warning")),
+    }
+    assert found.shape == (3, 256)
+    assert answer["model"] == "voyage-4-lite"
+    assert np.abs(norms - 1).max() < 1e-3
+    assert answer["headers"]["x-request-id"]
+    live.facts["tokens"] = {"document": answer["usage"]["total_tokens"]}
+
+
+@pytest.mark.parametrize("input_type", ["query", None])
+def test_tokens_of_the_prompt_are_billed_or_not(live: Any, input_type: str | None) -> None:
+    answer = live.vectors(TEXTS, input_type=input_type)
+    tokens = live.facts.setdefault("tokens", {})
+    tokens[str(input_type)] = answer["usage"]["total_tokens"]
+
+
+def test_the_same_text_has_the_same_vector_again_or_nearly(live: Any) -> None:
+    again = rows(live.vectors(TEXTS))
+    if "float" not in _first:
+        pytest.skip("nothing to compare with")
+    live.facts["again"] = {
+        "same_bits": bool(np.array_equal(again, _first["float"])),
+        "cosines": cosines(again, _first["float"]),
+    }
+    assert min(cosines(again, _first["float"])) > 0.99
+
+
+def test_bits_are_the_signs(live: Any) -> None:
+    answer = live.vectors(TEXTS, output_dtype="ubinary")
+    packed = [base64.b64decode(item["embedding"]) for item in answer["data"]]
+    assert {len(row) for row in packed} == {256 // 8}
+    if "float" in _first:
+        bits = np.unpackbits(np.frombuffer(b"".join(packed), np.uint8)).reshape(3, 256)
+        same = float((bits == (_first["float"] > 0)).mean())
+        live.facts["ubinary"] = {"share_of_bits_that_are_signs": round(same, 4)}
+        assert same > 0.95
+
+
+def test_a_short_vector_begins_the_long_one(live: Any) -> None:
+    long = rows(live.vectors(TEXTS, output_dimension=2048))
+    assert long.shape == (3, 2048)
+    if "float" in _first:
+        start = long[:, :256] / np.linalg.norm(long[:, :256], axis=1)[:, None]
+        live.facts["first_256_of_2048"] = {"cosines": cosines(start, _first["float"])}
+
+
+@pytest.mark.parametrize("model", ["voyage-4", "voyage-code-4"])
+def test_which_models_share_a_space(live: Any, model: str) -> None:
+    other = rows(live.vectors(TEXTS, model=model))
+    if "float" in _first:
+        shared = live.facts.setdefault("cosines_to_voyage_4_lite", {})
+        shared[model] = cosines(other, _first["float"])
+
+
+def test_a_model_of_one_length_takes_that_length_or_not(live: Any) -> None:
+    outcome, error = live.ask(TEXTS[:1], model="voyage-law-2", output_dimension=1024)
+    live.facts["one_length_asked_for"] = live.seen(outcome, error, TEXTS)
+
+
+STRANGE = {
+    "white_space": [TEXTS[0], " \n\t"],
+    "empty": [TEXTS[0], ""],
+    "nul": [TEXTS[0], "reed\0heron"],
+    "half_a_character": [TEXTS[0], "reed\ud800heron"],
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_becomes_of_a_strange_text(live: Any, name: str) -> None:
+    outcome, error = live.ask(STRANGE[name])
+    live.facts[name] = live.seen(outcome, error, STRANGE[name])
+    assert name != "empty" or isinstance(error, BatchRefused | ProviderThrottled), error
+
+
+@pytest.mark.parametrize("kind", ["same", "other"])
+def test_a_key_that_is_none_is_denied(live: Any, kind: str) -> None:
+    atlas = live.key.get_secret_value().startswith("al-")
+    prefix = "al-" if atlas == (kind == "same") else "pa-"
+    outcome, error = live.ask(TEXTS[:1], key=f"{prefix}made-up-for-a-test")
+    live.facts[f"key_of_the_{kind}_kind"] = live.seen(outcome, error, TEXTS)
+    assert isinstance(error, ProviderDenied), error
+
+
+def test_a_model_that_is_unknown_is_denied(live: Any) -> None:
+    outcome, error = live.ask(TEXTS[:1], model="voyage-none")
+    live.facts["unknown_model"] = live.seen(outcome, error, TEXTS)
+    assert isinstance(error, ProviderDenied), error
+
+
+def test_too_many_texts_are_split(live: Any) -> None:
+    outcome, error = live.ask(SHORTS)
+    live.facts["too_many_texts"] = live.seen(outcome, error, SHORTS)
+    assert isinstance(error, BatchTooLarge | ProviderThrottled), error
+
+
+def test_several_texts_too_long_are_named(live: Any) -> None:
+    texts = [TEXTS[0], LONG, TEXTS[1], LONG]
+    outcome, error = live.ask(texts)
+    live.facts["too_long_at_1_and_3"] = live.seen(outcome, error, texts)
+    if isinstance(error, BatchRefused):
+        live.facts["too_long_at_1_and_3"]["positions"] = list(error.facts["positions"])
+    assert isinstance(error, BatchRefused | ProviderThrottled), error
+
+
+def test_what_one_call_to_code_4_takes(live: Any) -> None:
+    """Above both numbers in the docs, so that it is refused and not billed; else five cents."""
+    outcome, error = live.ask(HEAVY, model="voyage-code-4")
+    live.facts["voyage_code_4_cap"] = live.seen(outcome, error, HEAVY)
+    if isinstance(error, BatchTooLarge):
+        found = error.facts["learned"].tokens_per_request
+        live.facts["voyage_code_4_cap"] |= {"tokens_per_request": found}
+    assert isinstance(error, BatchTooLarge | ProviderThrottled), error

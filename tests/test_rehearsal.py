@@ -1,0 +1,300 @@
+"""Whole runs against the simulated Voyage API: what it bills, refuses and breaks."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from flows.reindex import embed, reindex, run
+from tasks.errors import EmbedOnceError
+from tasks.index import open_index
+from tasks.ledger import Ledger
+from tasks.params import Overrides, load_config
+from tasks.plan import make_plan
+from tasks.quarantine import quarantined
+from tasks.search import search
+from tasks.simulator import Rule, Settings, Simulator
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+KEY = "pa-a-secret-key"
+POISON = Rule(marker="POISON", status=400, detail="The request cannot be processed.")
+
+
+class Home:
+    """A table of chunks, its config, and the simulator it is embedded by."""
+
+    def __init__(self, folder: Path, simulator: Simulator) -> None:
+        self.folder = folder
+        self.simulator = simulator
+        self.config = folder / "chunks.yaml"
+        self.config.write_text(
+            f"""\
+name: rehearsal
+source: {{kind: table, path: chunks.parquet}}
+embedding: {{provider: voyage, model: voyage-4, dimension: 256, base_url: {simulator.base_url}}}
+limits: {{texts_per_request: 20}}
+index: {{uri: ./index, table: chunks}}
+state: {{uri: ./state}}
+""",
+            encoding="utf-8",
+        )
+
+    def write(self, texts: Sequence[str]) -> None:
+        """The corpus: a chunk a text, its place is its id."""
+        frame = pd.DataFrame({"id": [str(n) for n in range(len(texts))], "text": texts})
+        frame.to_parquet(self.folder / "chunks.parquet")
+
+    def reindex(self, *settings: str, **overrides: Any) -> Any:
+        return run(str(self.config), Overrides(settings=list(settings), **overrides))
+
+    def index(self) -> dict[str, str]:
+        """Texts in the index by id."""
+        table = open_index(load_config(self.config).index)
+        rows = [] if table is None else table.search().select(["id", "text"]).to_list()
+        return {row["id"]: row["text"] for row in rows}
+
+    @property
+    def billed(self) -> int:
+        return int(self.simulator.ledger.totals()["billed_tokens"])
+
+    @property
+    def calls(self) -> int:
+        return int(self.simulator.ledger.totals()["calls"])
+
+    @property
+    def ledger_tokens(self) -> int:
+        return int(Ledger(str(self.folder / "state")).calls()["tokens_billed"].sum())
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+    monkeypatch.setenv("VOYAGE_API_KEY", KEY)
+    with Simulator(Settings(keys=frozenset([KEY]))) as simulator:
+        yield Home(tmp_path, simulator)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries without their delay."""
+    monkeypatch.setattr(embed, "retry_delay_seconds", [0.0] * embed.retries)
+    monkeypatch.setattr(embed, "retry_jitter_factor", None)
+
+
+def words(count: int) -> list[str]:
+    return [f"The story of animal number {number} and its house." for number in range(count)]
+
+
+def by_id(texts: Sequence[str]) -> dict[str, str]:
+    return {str(number): text for number, text in enumerate(texts)}
+
+
+def test_a_run_bills_each_text_once_and_the_ledger_says_so_to_the_token(home: Home) -> None:
+    home.write([*words(100), *words(30)])
+    report = home.reindex()
+    assert (report.state, report.texts.embedded, report.calls.ok) == ("completed", 100, 5)
+    assert home.index() == by_id([*words(100), *words(30)])
+    totals = home.simulator.ledger.totals()
+    assert (totals["distinct_texts"], totals["texts_billed_again"]) == (100, 0)
+    assert report.tokens.billed == home.ledger_tokens == home.billed
+    assert report.cost.usd == pytest.approx(totals["usd"])
+    again = home.reindex()
+    assert (again.published, again.texts.embedded, home.calls) == ("none", 0, 5)
+
+
+def test_a_plan_after_a_run_knows_how_long_tokens_are(home: Home) -> None:
+    home.write(words(60))
+    home.reindex()
+    before = home.billed
+    home.write(words(200))
+    plan = make_plan(load_config(home.config), Overrides())
+    home.reindex()
+    assert plan.texts.embedded == 140
+    assert plan.tokens == pytest.approx(home.billed - before, rel=0.03)
+
+
+def test_bad_texts_are_quarantined_and_all_others_indexed(home: Home) -> None:
+    texts = words(100)
+    for number in (3, 44, 45, 99):
+        texts[number] = f"POISON {number}"
+    home.write(texts)
+    home.simulator.add(POISON)
+    state = reindex(str(home.config), Overrides(), return_state=True)
+    report = state.result()
+    assert (state.name, report.state) == ("Quarantined", "quarantined")
+    assert state.is_completed()
+    assert report.chunks.quarantined == 4
+    assert report.chunks.added == 96
+    assert {each.chunk for each in report.refused} == {"3", "44", "45", "99"}
+    assert all("cannot be processed" in each.reason for each in report.refused)
+    assert home.index() == {id_: text for id_, text in by_id(texts).items() if "POISON" not in text}
+    frame = quarantined(str(home.folder / "state"))
+    assert len(frame) == 4
+    assert set(frame["run_id"]) == {report.run_id}
+    assert "POISON" not in json.dumps(report.model_dump())
+
+    before = home.calls
+    again = home.reindex()
+    assert (home.calls, again.state, again.chunks.quarantined) == (before, "quarantined", 4)
+    assert (again.published, again.chunks.added) == ("none", 0)
+    later = quarantined(str(home.folder / "state"))
+    assert set(later["run_id"]) == {again.run_id}
+    assert list(later["first_seen"]) == list(frame["first_seen"])
+    assert (later["last_seen"] > frame["last_seen"]).all()
+
+
+def test_a_quarantined_text_is_sent_again_when_it_changes_or_on_request(home: Home) -> None:
+    texts = [*words(10), "POISON one", "POISON two"]
+    home.write(texts)
+    home.simulator.add(POISON)
+    home.reindex()
+    texts[10] = "no harm in this"
+    home.write(texts)
+    plan = make_plan(load_config(home.config), Overrides())
+    assert (plan.texts.embedded, plan.chunks.added, plan.chunks.quarantined) == (1, 1, 1)
+    assert home.reindex().chunks.quarantined == 1
+    home.simulator.reset()
+    assert home.reindex().chunks.quarantined == 1
+    assert home.calls == 0
+    released = home.reindex(retry_quarantined=True)
+    assert (released.state, released.chunks.added) == ("completed", 1)
+    assert home.index() == by_id(texts)
+    # The row of the text that changed stays: it says nothing of the corpus as it is now.
+    assert len(quarantined(str(home.folder / "state"))) == 1
+
+
+def test_a_row_whose_new_text_is_refused_leaves_the_index(home: Home) -> None:
+    home.write(words(10))
+    home.reindex()
+    texts = words(10)
+    texts[4] = "POISON"
+    home.write(texts)
+    home.simulator.add(POISON)
+    report = home.reindex()
+    assert (report.published, report.chunks.quarantined, report.chunks.changed) == ("merge", 1, 0)
+    assert home.index() == {id_: text for id_, text in by_id(texts).items() if id_ != "4"}
+
+
+def test_fail_fast_ends_the_run_and_leaves_the_index_as_it_was(home: Home) -> None:
+    home.write(words(10))
+    home.reindex()
+    home.write([*words(60), "POISON"])
+    home.simulator.add(POISON)
+    with pytest.raises(EmbedOnceError, match="on_error is fail_fast"):
+        home.reindex(on_error="fail_fast")
+    assert home.index() == by_id(words(10))
+    assert len(quarantined(str(home.folder / "state"))) == 0
+    before = home.billed
+    assert home.reindex("on_error=collect").chunks.quarantined == 1
+    assert home.simulator.ledger.totals()["texts_billed_again"] == 0
+    assert home.billed >= before
+    assert len(quarantined(str(home.folder / "state"))) == 0
+
+
+def test_a_wrong_key_costs_one_call_and_is_not_shown(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VOYAGE_API_KEY", "pa-another-secret")
+    home.write(words(400))
+    with pytest.raises(EmbedOnceError, match="VOYAGE_API_KEY") as caught:
+        home.reindex()
+    assert home.calls == 1
+    assert "another-secret" not in str(caught.value)
+    assert home.index() == {}
+
+
+@pytest.mark.usefixtures("at_once")
+def test_faults_of_all_kinds_lose_nothing_and_bill_nothing_twice(home: Home) -> None:
+    for number, rule in enumerate(
+        (
+            Rule(status=500),
+            Rule(status=503, kind="html"),
+            Rule(action="reset_before"),
+            Rule(action="slow", seconds=0.05),
+            Rule(status=529),
+            Rule(status=429, retry_after=0.05),
+        )
+    ):
+        home.simulator.add(rule.model_copy(update={"probability": 0.08, "seed": number}))
+    home.write(words(600))
+    report = home.reindex("limits.texts_per_request=5")
+    assert report.state == "completed"
+    assert home.index() == by_id(words(600))
+    assert home.simulator.ledger.totals()["texts_billed_again"] == 0
+    assert report.tokens.billed == home.ledger_tokens == home.billed
+    assert report.calls.failed > 0
+    assert report.calls.throttled > 0
+    assert report.calls.ok == 120
+
+
+@pytest.mark.usefixtures("at_once")
+def test_an_outage_ends_the_run_cleanly_and_the_next_one_goes_on(home: Home) -> None:
+    home.simulator.add(Rule(status=503, requests=frozenset(range(6, 500))))
+    home.write(words(400))
+    with pytest.raises(EmbedOnceError, match="texts of 400 are paid for and kept. Run again"):
+        home.reindex()
+    assert home.index() == {}
+    paid = int(home.simulator.ledger.totals()["distinct_texts"])
+    assert 0 < paid < 400
+    home.simulator.reset()
+    report = home.reindex()
+    assert report.texts.embedded == 400 - paid
+    assert home.index() == by_id(words(400))
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize(
+    "action", ["shuffle", "nan", "fewer", "dup", "wrong_dim", "null_embedding"]
+)
+def test_a_wrong_answer_is_never_stored(home: Home, action: Any) -> None:
+    home.write(words(40))
+    home.reindex("embedding.dimension=512", "index.table=truth")
+    truth = vectors(home, "truth")
+    home.simulator.add(Rule(action=action, times=1))
+    home.reindex("embedding.dimension=512", "state.uri=other")
+    found = vectors(home, "chunks")
+    assert found.keys() == truth.keys()
+    assert all(np.array_equal(found[id_], truth[id_]) for id_ in truth)
+
+
+def vectors(home: Home, table: str) -> dict[str, Any]:
+    config = load_config(home.config, [f"index.table={table}"])
+    opened = open_index(config.index)
+    assert opened is not None
+    return {row["id"]: row["vector"] for row in opened.search().to_list()}
+
+
+@pytest.mark.parametrize("surprise", [0.5, 3.0])
+def test_a_wrong_estimate_costs_a_split_and_never_a_run(home: Home, surprise: float) -> None:
+    home.simulator.change(surprise=surprise, models={"voyage-4": {"tokens_per_request": 400}})
+    home.write(words(300))
+    report = home.reindex("limits.texts_per_request=1000", "limits.tokens_per_request=400")
+    assert (report.state, len(home.index())) == ("completed", 300)
+    assert home.simulator.ledger.totals()["texts_billed_again"] == 0
+    calls = Ledger(str(home.folder / "state")).calls()
+    assert report.calls.split == (calls["status"] == "BatchTooLarge").sum()
+    late = calls[calls["status"] == "ok"].sort_values("started_at").tail(5)
+    off = abs(late["tokens_estimated"] / late["tokens_billed"] - 1)
+    assert off.max() < 0.1
+
+
+def test_bits_are_indexed_and_found_by_hamming_distance(home: Home) -> None:
+    home.simulator.change(vectors="words")
+    home.write(["a wolf in the woods", "foxes at night", "cities and trains"])
+    settings = ["embedding.output_dtype=ubinary", "embedding.dimension=1024"]
+    report = home.reindex(*settings)
+    assert report.chunks.added == 3
+    config = load_config(home.config, settings)
+    before = home.ledger_tokens
+    hits = search(config, "trains in cities", 1)
+    assert hits[0].text == "cities and trains"
+    assert hits[0].distance == int(hits[0].distance)
+    # The query was paid for, is in the ledger, and is asked anew each time.
+    assert home.ledger_tokens == home.billed > before
+    search(config, "trains in cities", 1)
+    assert home.ledger_tokens == home.billed > before + 1
+    assert home.reindex(*settings).published == "none"
