@@ -47,7 +47,7 @@ RetryOption = Annotated[
 
 
 @app.command()
-def reindex(
+def reindex(  # noqa: PLR0917 - an argument an option
     config: ConfigPath,
     settings: SetOption = [],  # noqa: B006
     narrow: NarrowOption = "",
@@ -87,7 +87,7 @@ def reindex(
 
 
 @app.command()
-def plan(
+def plan(  # noqa: PLR0917 - an argument an option
     config: ConfigPath,
     settings: SetOption = [],  # noqa: B006
     narrow: NarrowOption = "",

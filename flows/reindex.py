@@ -242,12 +242,13 @@ def _embed_all(
     with ExitStack() as stack:
         if progress is not None:
             stack.enter_context(listening(progress))
-        for wave in _waves(filling.batches(), size):
-            collected.flying += embed.map(wave, unmapped(terms))
-            # The first answer comes before the second wave fills, and tells how large it may be.
-            collected.take(down_to=0 if len(wave) == 1 else size)
+        batches, wave = filling.batches(), 1  # the first answer tells how large batches may be
+        while part := list(itertools.islice(batches, wave)):
+            collected.flying += embed.map(part, unmapped(terms))
+            collected.take(down_to=0 if wave == 1 else sender.ahead(size))
             if collected.failed:
                 break
+            wave = sender.ahead(size)
         collected.take(down_to=0)
     collected.finish()
     sender.save()
@@ -308,14 +309,6 @@ class _Collected:
     def _fold(self) -> None:
         fold(self._folder, self._found.cache, self._unfolded)
         self._unfolded, self._waiting = [], 0
-
-
-def _waves(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    """`batches` in lists, as `.map` needs a whole one: a single batch, then up to `size`."""
-    length = 1
-    while wave := list(itertools.islice(batches, length)):
-        yield wave
-        length = size
 
 
 @contextmanager

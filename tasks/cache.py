@@ -6,7 +6,6 @@ A hit in the wrong space is impossible: the space names the table. Indexes that 
 
 from collections.abc import Iterable
 
-import lancedb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -14,7 +13,7 @@ from lancedb.table import Table
 
 from tasks.errors import EmbedOnceError
 from tasks.keys import KeySet, first_of_each
-from tasks.lance import PRIMARY_KEY, open_table, writing
+from tasks.lance import PRIMARY_KEY, make_table, open_table, writing
 from tasks.providers import Space
 from tasks.schemas import HASH, vectors_schema
 
@@ -124,4 +123,4 @@ class Cache:
             [text_hash.with_metadata(PRIMARY_KEY), vector],
             metadata={SPACE: self.space.to_json().encode()},
         )
-        return lancedb.connect(self._uri).create_table(self.name, schema=schema, exist_ok=True)
+        return make_table(self._uri, self.name, schema)

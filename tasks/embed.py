@@ -7,13 +7,13 @@ what may work later is left to the caller's retries, which send only what is sti
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from tasks.errors import (
@@ -27,8 +27,9 @@ from tasks.errors import (
 )
 from tasks.journal import Call, Refused, read_answer
 from tasks.keys import KeySet
-from tasks.limits import Learned, Packer
-from tasks.providers import Answer, Vectors, checked_vectors
+from tasks.limiter import Sending
+from tasks.limits import Learned
+from tasks.providers import Vectors, checked_vectors
 from tasks.schemas import BATCH, Batch
 from tasks.sender import Terms, sender_of
 
@@ -152,77 +153,89 @@ class _Embedding:
         return rows.filter(pa.array(~keys.holds(rows.column("text_hash"))))
 
     def _send(self, part: _Part) -> list[_Part]:
-        """Send `part`; what comes back is still to be sent."""
+        """Send `part`, or as much of it as fits; what comes back is still to be sent."""
+        piece, rest = part, list[_Part]()
         try:
-            vectors, call = self._call(part.texts, part.cause)
+            with self._turn(part.texts) as (fits, sending):
+                if fits < len(part):
+                    piece = part.take(range(fits), part.cause)
+                    rest = [part.take(range(fits, len(part)), "split")]
+                vectors, call = self._call(piece.texts, piece.cause, sending)
         except ProviderThrottled:
-            return [_Part(part.rows, "wait", part.texts)]
+            return [_Part(piece.rows, "wait", piece.texts), *rest]
         except BatchTooLarge as error:
-            return self._split(part, error)
+            return self._split(piece, error) + rest
         except BatchRefused as error:
-            return self._isolate(part, error)
+            return self._isolate(piece, error) + rest
         except AnswerRejected as error:
-            return self._doubt(part, error)
+            return self._doubt(piece, error) + rest
         except ProviderDenied as error:
             self._sender.stop(error)
             raise
-        hashes = part.rows.column("text_hash").combine_chunks()
+        hashes = piece.rows.column("text_hash").combine_chunks()
         self._folder.write_answer(hashes, vectors, self._provider.space, call)
         self._sender.works = True
-        self._sender.learn(part.texts, call.tokens_billed)
-        return []
+        self._sender.learn(piece.texts, call.tokens_billed)
+        return rest
 
-    def _call(self, texts: list[str], cause: str) -> tuple[Vectors, Call]:
+    @contextmanager
+    def _turn(self, texts: list[str]) -> Iterator[tuple[int, Sending]]:
+        """Wait until a call may be sent; how many of `texts` it holds is decided last."""
+        with ExitStack() as stack:
+            with self._sender.turn:
+                fits, tokens = self._sender.fitting(texts)
+                sending = self._sender.limiter.sending(tokens, splittable=fits > 1)
+                entered = stack.enter_context(sending)
+            yield fits, entered
+
+    def _call(self, texts: list[str], cause: str, sending: Sending) -> tuple[Vectors, Call]:
         """One call to the provider, and its entry for the ledger, written down if it failed."""
         tokens = self._sender.tokens(texts)
-        with self._sender.limiter.sending(tokens, splittable=len(texts) > 1) as sending:
-            started_at, started = datetime.now(tz=UTC).isoformat(), time.perf_counter()
-            answer: Answer | None = None
-            status, vectors = "ok", None
-            try:
-                answer = self._provider.embed(texts)
-                sending.answered(answer.billed_tokens, answer.learned)
-                vectors = checked_vectors(answer, len(texts), self._provider)
-            except ProviderError as error:
-                status = type(error).__name__
-                raise
-            finally:
-                self._calls += 1
-                billed = answer.billed_tokens if answer else 0
-                call = Call(
-                    run_id=self._folder.run_id,
-                    batch=self._batch.number,
-                    attempt=self._attempt,
-                    call=self._calls,
-                    cause=cause,
-                    status=status,
-                    started_at=started_at,
-                    waited=sending.waited_s,
-                    seconds=time.perf_counter() - started,
-                    texts=len(texts),
-                    tokens_estimated=tokens,
-                    tokens_billed=billed,
-                    usd=billed * self._terms.usd_per_million_tokens / 1e6,
-                    request_id=answer.request_id if answer else "",
-                )
-                if vectors is None:
-                    self._folder.note(call)
+        started_at, started = datetime.now(tz=UTC).isoformat(), time.perf_counter()
+        status, vectors, billed, request_id = "ok", None, 0, ""
+        try:
+            answer = self._provider.embed(texts)
+            billed, request_id = answer.billed_tokens, answer.request_id
+            sending.answered(answer.billed_tokens, answer.learned)
+            vectors = checked_vectors(answer, len(texts), self._provider)
+        except ProviderError as error:
+            status = type(error).__name__
+            billed = error.facts.get("billed_tokens", billed)
+            request_id = error.facts.get("request_id", request_id)
+            raise
+        finally:
+            self._calls += 1
+            call = Call(
+                run_id=self._folder.run_id,
+                batch=self._batch.number,
+                attempt=self._attempt,
+                call=self._calls,
+                cause=cause,
+                status=status,
+                started_at=started_at,
+                waited=sending.waited_s,
+                seconds=time.perf_counter() - started,
+                texts=len(texts),
+                tokens_estimated=tokens,
+                tokens_billed=billed,
+                usd=billed * self._terms.usd_per_million_tokens / 1e6,
+                request_id=request_id,
+            )
+            if vectors is None:
+                self._folder.note(call)
         return vectors, call
 
     def _split(self, part: _Part, error: BatchTooLarge) -> list[_Part]:
-        """Cut `part` into pieces that fit what the provider has just said."""
+        """Send less at once, by what the provider has just said, or else the half."""
         counted = error.facts.get("tokens")
         self._sender.too_large(part.texts, counted, error.facts.get("learned", Learned()))
         if len(part) == 1:
             # By the provider's own count it is the text; by the account's quota it may pass later.
             self._refuse(part, str(error), lasting=counted is not None)
             return []
-        packer = Packer(self._sender.request_limits())
-        numbers = np.array([packer.place(count) for count in self._sender.counts(part.texts)])
-        if numbers[-1] == 1:
-            return part.halves("split")
-        pieces = [np.flatnonzero(numbers == number) for number in range(1, numbers[-1] + 1)]
-        return [part.take(piece.tolist(), "split") for piece in pieces]
+        if self._sender.fitting(part.texts)[0] < len(part):
+            return [_Part(part.rows, "split", part.texts)]  # cut when its turn comes
+        return part.halves("split")
 
     def _isolate(self, part: _Part, error: BatchRefused) -> list[_Part]:
         """Cut the texts off that the provider blames, or halve `part` to find them."""
@@ -264,7 +277,8 @@ class _Embedding:
     def _prove(self, reason: str) -> None:
         while True:
             try:
-                _, call = self._call([PROOF], "proof")
+                with self._turn([PROOF]) as (_, sending):
+                    _, call = self._call([PROOF], "proof", sending)
             except ProviderThrottled:
                 continue
             except BatchRefused:

@@ -70,7 +70,11 @@ class ProviderBusy(ProviderError):
 
 
 class AnswerRejected(ProviderBusy):
-    """The provider answered, but not with the vectors that were asked for."""
+    """The provider answered, but not with the vectors that were asked for.
+
+    Facts: `positions` of the texts whose vectors are bad, () where it is the whole answer;
+    `billed_tokens`, where the answer was dropped before anyone else could read them.
+    """
 
 
 class ProviderThrottled(ProviderError):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lancedb
 import pyarrow as pa
+from filelock import FileLock
 from lancedb.table import Table
 
 from tasks.errors import EmbedOnceError
@@ -31,6 +32,25 @@ def open_table(uri: str, name: str) -> Table | None:
         if "was not found" in str(error):
             return None
         raise
+
+
+def make_table(uri: str, name: str, schema: pa.Schema) -> Table:
+    """The table, made with `schema` if there is none yet.
+
+    One that has not all columns yet, as an older version of embed-once made it, gets them.
+
+    Two processes that create one table at once would let the later one overwrite what the
+    first has written meanwhile (17 of 150 times, with `exist_ok=True`); hence the lock.
+    """
+    Path(uri).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(uri) / f"{name}.lock"):
+        table = open_table(uri, name)
+        if table is None:
+            return lancedb.connect(uri).create_table(name, schema=schema, exist_ok=True)
+        lacking = [field for field in schema if field.name not in table.schema.names]
+        if lacking:
+            table.add_columns(pa.schema([field.with_nullable(True) for field in lacking]))
+        return table
 
 
 @contextmanager

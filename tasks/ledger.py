@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
-import lancedb
 import pyarrow as pa
 from lancedb.table import Table
 
 from tasks.journal import Call
-from tasks.lance import open_table
+from tasks.lance import make_table, open_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +71,6 @@ class Ledger:
     def _append(
         self, name: str, schema: pa.Schema, key: list[str], rows: list[dict[str, object]]
     ) -> None:
-        connection = lancedb.connect(self._uri)
-        table = connection.create_table(name, schema=schema, exist_ok=True)
+        table = make_table(self._uri, name, schema)
         merge = table.merge_insert(key).when_not_matched_insert_all()
         merge.execute(pa.Table.from_pylist(rows, schema=schema))

@@ -38,9 +38,10 @@ def lookup(
     changes: TableRef,
     indexed: TableRef,
     cache: Cache,
+    target: Path,
+    *,
     unfolded: Sequence[pa.Array],
     quarantined: pa.Array,
-    target: Path,
 ) -> LookedUp:
     """Hold the texts of `changes` against all vectors that are already paid for.
 
@@ -50,9 +51,9 @@ def lookup(
         changes: CHANGES.
         indexed: INDEXED of the published index, in the cache's space.
         cache: Vectors known.
+        target: File for the MISSES table.
         unfolded: text_hash columns of answers that are paid but not in the cache yet.
         quarantined: text_hash of texts that the provider has refused.
-        target: File for the MISSES table.
     """
     table = changes.load(CHANGES)
     # Lines alone differ in relined rows: they need their vector too, but nothing was saved.

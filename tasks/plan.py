@@ -99,7 +99,14 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
     cache = Cache(config.state.uri, identity.space)
     quarantine = Quarantine(config.state.uri, identity.space.id)
     skip = quarantine.hashes if not overrides.retry_quarantined else pa.array([], HASH)
-    looked_up = lookup(compared.changes, indexed, cache, unfolded, skip, folder / "misses.arrow")
+    looked_up = lookup(
+        compared.changes,
+        indexed,
+        cache,
+        folder / "misses.arrow",
+        unfolded=unfolded,
+        quarantined=skip,
+    )
     limits = provider.limits.with_margin(provider.estimate.margin)
     packed = pack(looked_up.misses, limits, folder / "packed.arrow")
     return Survey(

@@ -44,7 +44,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 def tell(progress: Progress) -> None:
     """Tell all listeners."""
-    for listener in list(_listeners):
+    for listener in _listeners:
         listener(progress)
 
 

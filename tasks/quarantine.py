@@ -7,12 +7,11 @@ another text; the same one is sent again only on request.
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
-import lancedb
 import pyarrow as pa
 from lancedb.table import Table
 
 from tasks.journal import Refused
-from tasks.lance import PRIMARY_KEY, open_table, quoted, writing
+from tasks.lance import PRIMARY_KEY, make_table, open_table, quoted, writing
 from tasks.schemas import HASH
 
 if TYPE_CHECKING:
@@ -93,8 +92,7 @@ class Quarantine:
         if not rows:
             return
         with writing(f"the quarantine in {self._uri}"):
-            connection = lancedb.connect(self._uri)
-            table = connection.create_table(TABLE, schema=QUARANTINE, exist_ok=True)
+            table = make_table(self._uri, TABLE, QUARANTINE)
             merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
             merge.execute(pa.Table.from_pylist(rows, schema=QUARANTINE))
         self._rows |= {row["text_hash"]: row for row in rows}

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tasks.errors import EmbedOnceError
 from tasks.journal import RunFolder
 from tasks.limiter import Limiter
-from tasks.limits import Estimator, Learned, Limits
+from tasks.limits import Estimator, Learned, Limits, Packer
 from tasks.progress import tell_waiting
 from tasks.providers import Provider
 from tasks.shared_limits import shared_window
@@ -47,6 +47,7 @@ class Sender:
     Attributes:
         limiter: Lets a call go when account and concurrency allow it.
         works: Whether the provider has taken any text in this run.
+        turn: Held by who decides what to send next, until the limiter lets it go.
     """
 
     def __init__(self, terms: Terms) -> None:
@@ -56,7 +57,9 @@ class Sender:
         if isinstance(provider.estimate, Estimate):
             space = provider.space
             self._calibration = load(folder.state_uri, space.provider, space.model)
+        provider.prepare()
         self.works = False
+        self.turn = threading.Lock()
         self.limiter = Limiter(
             provider.limits,
             max_wait_s=terms.max_wait_s,
@@ -75,6 +78,30 @@ class Sender:
     def request_limits(self) -> Limits:
         """What one call takes by now, with a margin for estimates."""
         return self.limiter.limits.with_margin(self._estimate().margin)
+
+    def fitting(self, texts: Sequence[str]) -> tuple[int, int]:
+        """How many of `texts`, from the first, go into one call by now, and their tokens."""
+        limits, counts = self.limiter.limits, self.counts(texts)
+        tokens, most = int(counts.sum()), limits.tokens_per_request
+        if len(texts) <= limits.texts_per_request and (most is None or tokens <= most):
+            return len(texts), tokens
+        packer, fits = Packer(self.request_limits()), 0
+        while fits < len(texts) and packer.place(int(counts[fits])) == 1:
+            fits += 1
+        return fits, int(counts[:fits].sum())
+
+    def ahead(self, most: int) -> int:
+        """How many batches may wait to be sent: no more than a minute takes, and `most`.
+
+        What waits was cut by an estimate that the answers until then make better.
+        """
+        limits = self.limiter.limits
+        a_minute = [float(most)]
+        if limits.requests_per_minute:
+            a_minute.append(limits.requests_per_minute)
+        if limits.tokens_per_minute and limits.tokens_per_request:
+            a_minute.append(limits.tokens_per_minute / limits.tokens_per_request)
+        return max(1, int(min(a_minute)))
 
     def learn(self, texts: Sequence[str], billed_tokens: int) -> None:
         """Take in what the provider has counted."""

@@ -85,13 +85,17 @@ def sending_rows(report: RunReport) -> list[Row]:
         ),
         (
             "latency",
-            f"{report.latency_ms.p50:,.0f} ms median, {report.latency_ms.p95:,.0f} p95, "
-            f"{report.latency_ms.p99:,.0f} p99",
+            (
+                f"{report.latency_ms.p50:,.0f} ms median, {report.latency_ms.p95:,.0f} p95, "
+                f"{report.latency_ms.p99:,.0f} p99"
+            ),
         ),
         (
             "in flight",
-            f"{report.concurrency.reached} at most of {report.concurrency.limit}, "
-            f"slots busy {report.concurrency.busy_fraction:.0%}",
+            (
+                f"{report.concurrency.reached} at most of {report.concurrency.limit}, "
+                f"slots busy {report.concurrency.busy_fraction:.0%}"
+            ),
         ),
     ]
     waits = {cause: seconds for cause, seconds in report.waited_seconds.items() if seconds >= 1}

@@ -15,14 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lancedb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from filelock import FileLock
 
 from tasks.errors import SettingsError
-from tasks.lance import PRIMARY_KEY, open_table, quoted, writing
+from tasks.lance import PRIMARY_KEY, make_table, open_table, quoted, writing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -311,11 +309,8 @@ def save(state_uri: str, run_id: str, calibration: Calibration) -> None:
         "sums": json.dumps({"prior": _PRIOR.tolist(), "sums": sums.tolist()}),
         "updated_at": datetime.now(UTC).isoformat(timespec="microseconds"),
     }
-    folder = Path(state_uri)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Of two that create a table at once, LanceDB lets the later one overwrite the first.
-    with writing(f"the calibrations in {state_uri}"), FileLock(folder / f"{TABLE}.lock"):
-        table = lancedb.connect(state_uri).create_table(TABLE, schema=CALIBRATIONS, exist_ok=True)
+    with writing(f"the calibrations in {state_uri}"):
+        table = make_table(state_uri, TABLE, CALIBRATIONS)
         merge = table.merge_insert(["key", "run_id"]).when_matched_update_all()
         merge.when_not_matched_insert_all().execute(pa.Table.from_pylist([row], CALIBRATIONS))
 

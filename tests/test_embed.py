@@ -75,6 +75,9 @@ class ScriptedProvider:
     def for_queries(self) -> "ScriptedProvider":
         return self
 
+    def prepare(self) -> None:
+        """Nothing to load."""
+
     def embed(self, texts: Sequence[str]) -> Answer:
         self.calls.append(list(texts))
         outcome = self.script.pop(0) if self.script else None
@@ -243,7 +246,7 @@ def test_a_text_that_is_longer_than_any_call_is_refused(embed: Embed, folder: Ru
 
 @given(st.data(), st.integers(1, 60), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_bad_texts_are_found_and_all_others_embedded(
+def test_bad_texts_are_found_and_all_others_embedded(  # noqa: PLR0917
     ref: Callable[..., TableRef],
     fresh: Callable[[], Path],
     run_folder: Callable[..., RunFolder],
@@ -279,7 +282,7 @@ def test_a_provider_that_refuses_everything_is_not_the_texts_fault(
 ) -> None:
     texts = [f"word{number}" for number in range(1000)]
     provider = ScriptedProvider(bad=frozenset([*texts, PROOF]))
-    with pytest.raises(ProviderDenied, match="refuses every text.*bad input"):
+    with pytest.raises(ProviderDenied, match=r"refuses every text.*bad input"):
         embed(provider, *texts)
     assert len(provider.calls) < 4 * PROOF_AFTER
     assert folder.refused() == {}
@@ -296,7 +299,7 @@ def test_one_bad_text_alone_is_refused_once_another_text_was_taken(
 
 def test_fail_fast_ends_the_run_with_the_first_bad_text(embed: Embed, folder: RunFolder) -> None:
     provider = ScriptedProvider(bad=frozenset(["beta"]))
-    with pytest.raises(BatchRefused, match="4 characters.*on_error is fail_fast: bad input"):
+    with pytest.raises(BatchRefused, match=r"4 characters.*on_error is fail_fast: bad input"):
         embed(provider, on_error="fail_fast")
     with pytest.raises(BatchRefused):
         embed(provider, "delta", number=5, on_error="fail_fast")

@@ -91,7 +91,14 @@ def fill(fresh: Callable[[], Path], lexical: Lexical, memory_reader: type[Any]) 
         compared = compare(keyed.table, indexed, kind, Held(), folder)
         cache = Cache(str(folder), lexical.space)
         known_bad = hash_column([text_hash(text) for text in quarantined])
-        looked_up = lookup(compared.changes, indexed, cache, [], known_bad, folder / "misses.arrow")
+        looked_up = lookup(
+            compared.changes,
+            indexed,
+            cache,
+            folder / "misses.arrow",
+            unfolded=[],
+            quarantined=known_bad,
+        )
         limits = replace(lexical.limits, texts_per_request=texts_per_request)
         packed = pack(looked_up.misses, limits, folder / "packed.arrow")
         filling = Filling(

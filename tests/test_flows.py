@@ -335,6 +335,9 @@ class Scripted:
     def for_queries(self) -> "Scripted":
         return self
 
+    def prepare(self) -> None:
+        """Nothing to load."""
+
     def embed(self, texts: Sequence[str]) -> Answer:
         with (self.folder / "asked").open("a") as file:
             file.write("|".join(texts) + "\n")
@@ -387,7 +390,7 @@ def test_a_busy_provider_is_asked_again_and_every_call_is_noted(home: Path) -> N
 def test_a_provider_that_denies_is_asked_once_and_never_again(home: Path) -> None:
     provider = scripted(home / "script", ProviderDenied)
     folder = RunFolder(str(home / "state"), "run-1")
-    with pytest.raises(EmbedOnceError, match="as scripted.*0 texts of 4 are paid for"):
+    with pytest.raises(EmbedOnceError, match=r"as scripted.*0 texts of 4 are paid for"):
         embedded_with(home, provider, folder)
     assert len(provider.asked) == 1
 

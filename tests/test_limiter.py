@@ -24,7 +24,7 @@ from tasks.errors import (
 )
 from tasks.limiter import Limiter, LimiterStatistics
 from tasks.limits import Learned, Limits
-from tasks.quota import Window
+from tasks.quota import Quota, Window
 from tasks.slots import Slots
 from tasks.turns import REAL, Clock
 
@@ -503,6 +503,7 @@ def test_a_call_refused_twice_after_an_idle_minute_must_be_split() -> None:
     assert [error.facts["learned"].tokens_per_request for error in run.ended] == [400]
     assert run.limiter.limits.tokens_per_request == 400
     assert run.server.accepted[0][1] == 400
+    assert len(run.server.refused) == 6
     assert 120 < run.time.now() < 300
 
 
@@ -577,13 +578,13 @@ def test_noise_alone_does_not_take_slots_back() -> None:
 
 
 def test_smaller_calls_do_not_look_like_a_slower_provider() -> None:
-    slots, now = Slots(8), 0.0
+    slots, now = Slots(16), 0.0
     for tokens in [300_000] * 30 + [50] * 60:
         now += 1
         slots.in_flight = slots.limit
         slots.free()
         slots.answered(now, now - 0.2 - tokens * 1e-5, slots.limit, tokens)
-    assert slots.limit == 8
+    assert slots.limit == 16
 
 
 def test_too_many_streams_are_remembered() -> None:
@@ -616,6 +617,13 @@ def test_a_refused_call_counts_as_a_request_and_not_as_tokens() -> None:
     run.send(60, error=BatchRefused("400"))
     run.send(60, 30, 1, at=1)
     assert run.at() == [0.0, 1.0, 1.0, 61.0]
+
+
+def test_a_throttled_call_counts_as_a_request() -> None:
+    quota = Quota(2, None, now=0)
+    quota.refused(0.1, quota.send(0, 5), Learned(), None)
+    assert quota.used(1) == {"requests per minute": 1, "tokens per minute": 0}
+    assert quota.used(61) == {"requests per minute": 0, "tokens per minute": 0}
 
 
 def test_an_answer_that_says_nothing_was_billed_keeps_the_reservation() -> None:

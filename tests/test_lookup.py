@@ -75,7 +75,12 @@ def look(
         journal = [hash_column([text_hash(text) for text in texts]) for texts in unfolded]
         refused = hash_column([text_hash(text) for text in quarantined])
         result = lookup(
-            ref(CHANGES, rows), ref(INDEXED, index), cache, journal, refused, folder / "m.arrow"
+            ref(CHANGES, rows),
+            ref(INDEXED, index),
+            cache,
+            folder / "m.arrow",
+            unfolded=journal,
+            quarantined=refused,
         )
         misses = result.misses.load(MISSES)
         assert misses.column("tokens").to_pylist() == [

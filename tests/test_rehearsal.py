@@ -123,7 +123,7 @@ def test_bad_texts_are_quarantined_and_all_others_indexed(home: Home) -> None:
         texts[number] = f"POISON {number}"
     home.write(texts)
     home.simulator.add(POISON)
-    state = reindex(str(home.config), Overrides(), return_state=True)
+    state: Any = reindex(str(home.config), Overrides(), return_state=True)
     report = state.result()
     assert (state.name, report.state) == ("Quarantined", "quarantined")
     assert state.is_completed()
@@ -216,7 +216,7 @@ def test_faults_of_all_kinds_lose_nothing_and_bill_nothing_twice(home: Home) -> 
             Rule(action="reset_before"),
             Rule(action="slow", seconds=0.05),
             Rule(status=529),
-            Rule(status=429, retry_after=0.05),
+            Rule(status=429, retry_after=0.05, times=2),
         )
     ):
         home.simulator.add(rule.model_copy(update={"probability": 0.08, "seed": number}))
@@ -235,7 +235,7 @@ def test_faults_of_all_kinds_lose_nothing_and_bill_nothing_twice(home: Home) -> 
 def test_an_outage_ends_the_run_cleanly_and_the_next_one_goes_on(home: Home) -> None:
     home.simulator.add(Rule(status=503, requests=frozenset(range(6, 500))))
     home.write(words(400))
-    with pytest.raises(EmbedOnceError, match="texts of 400 are paid for and kept. Run again"):
+    with pytest.raises(EmbedOnceError, match=r"texts of 400 are paid for and kept. Run again"):
         home.reindex()
     assert home.index() == {}
     paid = int(home.simulator.ledger.totals()["distinct_texts"])

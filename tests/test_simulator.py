@@ -24,11 +24,11 @@ import pytest
 import requests
 from pydantic import ValidationError
 
+from tasks.catalog import FREE_TRIAL as FREE
 from tasks.catalog import catalog
 from tasks.errors import SettingsError
 from tasks.simulator import Latency, Rule, Settings, Simulator
 from tasks.simulator.rules import Action
-from tasks.simulator.settings import FREE
 from tasks.simulator.vectors import Mode, embed
 
 KEY = "a key"

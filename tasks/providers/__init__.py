@@ -74,7 +74,7 @@ class Answer:
     order: Sequence[int]
     billed_tokens: int
     request_id: str = ""
-    learned: Learned = Learned()
+    learned: Learned = Learned()  # noqa: RUF009 - a frozen value
 
 
 class Provider(Protocol):
@@ -99,6 +99,9 @@ class Provider(Protocol):
     @property
     def estimate(self) -> Estimator:
         """How many tokens its texts have."""
+
+    def prepare(self) -> None:
+        """Load what the first call needs, so that it is sent when the limiter lets it go."""
 
     def for_queries(self) -> "Provider":
         """The one that embeds what is searched for; its vectors compare with those of `space`."""

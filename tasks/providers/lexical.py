@@ -107,6 +107,9 @@ class Lexical:
         """`count` of each of `texts`."""
         return np.fromiter(map(self.count, texts), np.int32, len(texts))
 
+    def prepare(self) -> None:
+        """Nothing to load."""
+
     def for_queries(self) -> "Lexical":
         """A query is embedded like a document."""
         return self

@@ -15,49 +15,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import SecretStr
 
 from tasks.catalog import catalog
 from tasks.errors import AnswerRejected, ProviderBusy, ProviderDenied, SettingsError
 from tasks.limits import Estimator, Limits
 from tasks.providers import Answer, Provider, Space
+from tasks.tokens import Estimate
 
 if TYPE_CHECKING:
     from tasks.providers.voyage_transport import Outcome
 
 KEY_VARIABLE = "VOYAGE_API_KEY"
 
-BYTES_PER_TOKEN = 4
-"""First guess of the length of a token, in UTF-8 bytes."""
-
 _BLOCK_LIVES_S = 60
 """So long a key from a block is used without asking Prefect again."""
 
 _BITS = {"float": 32, "ubinary": 1}
 """Of one number of a vector, by dtype."""
-
-
-@dataclass(frozen=True)
-class BytesEstimate:
-    """So many bytes a token, whatever the text.
-
-    Attributes:
-        bytes_per_token: In UTF-8.
-        margin: Code and rare scripts have up to twice as many tokens.
-    """
-
-    bytes_per_token: float = BYTES_PER_TOKEN
-    margin: float = 1.0
-
-    def count(self, text: str) -> int:
-        """Tokens of `text`, at least 1."""
-        size = len(text.encode("utf-8", "surrogatepass"))
-        return max(1, int(-(-size // self.bytes_per_token)))
-
-    def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
-        """`count` of each of `texts`."""
-        return np.fromiter(map(self.count, texts), np.int32, len(texts))
 
 
 @dataclass(frozen=True)
@@ -83,7 +58,7 @@ class Voyage:
     input_type: str | None = "document"
     base_url: str | None = None
     api_key_block: str | None = None
-    estimate: Estimator = BytesEstimate()
+    estimate: Estimator = Estimate()  # noqa: RUF009 - a frozen value
     deadline_s: float = 120.0
 
     @property
@@ -109,13 +84,13 @@ class Voyage:
             return self
         return dataclasses.replace(self, input_type="query")
 
-    def count(self, text: str) -> int:
-        """Estimated tokens of `text`, at least 1."""
-        return self.estimate.count(text)
+    def prepare(self) -> None:
+        """Load the SDK, which takes a second or more."""
+        import tasks.providers.voyage_transport  # noqa: F401, PLC0415
 
     def embed(self, texts: Sequence[str]) -> Answer:
         """Embed `texts` in one call; no text is ever cut. Errors as in `Provider.embed`."""
-        # Loaded here, since planning and settings need neither the SDK nor requests.
+        # Loaded late, since planning and settings need neither the SDK nor requests.
         from tasks.providers.voyage_errors import Asked, failure  # noqa: PLC0415
         from tasks.providers.voyage_transport import exchange  # noqa: PLC0415
 
@@ -155,11 +130,11 @@ class Voyage:
     def _read(self, outcome: "Outcome", texts: int) -> Answer:
         """The vectors of a good answer; what of it is not as it should be is rejected."""
         result = outcome.result if isinstance(outcome.result, dict) else {}
-        items, usage = result.get("data"), result.get("usage")
+        items = result.get("data")
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             self._reject(outcome, "with no list of vectors")
-        billed = usage.get("total_tokens") if isinstance(usage, dict) else None
-        if type(billed) is not int or billed < 0:
+        billed = _billed(outcome)
+        if billed is None:
             self._reject(outcome, "without the number of tokens")
         model = result.get("model", self.model)
         if model != self.model:
@@ -195,7 +170,15 @@ class Voyage:
             retry_after=None,
             request_id=outcome.request_id,
             positions=tuple(positions),
+            billed_tokens=_billed(outcome) or 0,
         )
+
+
+def _billed(outcome: "Outcome") -> int | None:
+    """The tokens of an answer by the provider's word; None where it does not say."""
+    usage = outcome.result.get("usage") if isinstance(outcome.result, dict) else None
+    tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+    return tokens if type(tokens) is int and tokens >= 0 else None
 
 
 def require_key(provider: Provider) -> None:

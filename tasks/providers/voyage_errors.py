@@ -118,6 +118,7 @@ class _Case:
             facts |= {"status": self.reply.status, "request_id": self.reply.request_id}
             said = quoted(self.reply.words, self.key, self.asked.texts)
             said = f' It says ({self.reply.status}): "{said}".' if said else ""
+            said = said or f" Its status was {self.reply.status}."
         # Host and model are settings, into which a key can have slipped.
         return kind(f"{self.host} {what}.{said}".replace(self.key, "[key]"), **facts)
 

@@ -174,9 +174,9 @@ def _stages(config: Config, folder: RunFolder, stages: Stages) -> None:
             compared.changes,
             indexed,
             cache,
-            unfolded_hashes(config.state.uri, identity.space),
-            NOTHING,
             staging / "misses.arrow",
+            unfolded=unfolded_hashes(config.state.uri, identity.space),
+            quarantined=NOTHING,
         ),
         lambda _: compared.changes.rows,
     )

@@ -8,15 +8,39 @@ nor vector; its path is printed at the end.
 """
 
 import base64
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from pydantic import SecretStr
+from voyageai.util import get_default_base_url
 
-from tasks.errors import BatchRefused, BatchTooLarge, ProviderDenied, ProviderThrottled
+from tasks.errors import (
+    BatchRefused,
+    BatchTooLarge,
+    ProviderDenied,
+    ProviderError,
+    ProviderThrottled,
+)
+from tasks.providers.voyage_errors import Asked, failure
+from tasks.providers.voyage_reply import quoted
+from tasks.providers.voyage_transport import Outcome, exchange
 
 pytestmark = pytest.mark.live
+
+MOST_CALLS = 20
+DEADLINE_S = 60.0
+SHOWN_HEADERS = ("server", "retry-after", "date")
 
 TEXTS = [
     "A heron waits at the edge of the reeds.",
@@ -31,6 +55,94 @@ Floats = npt.NDArray[np.float32]
 _first: dict[str, Floats] = {}
 
 
+@dataclass
+class Live:
+    """The API, and what was seen of it.
+
+    Attributes:
+        key: The user's.
+        base_url: Where calls go.
+        facts: What was seen; neither key, text nor vector.
+        calls: Made so far.
+    """
+
+    key: SecretStr
+    base_url: str
+    facts: dict[str, Any]
+    calls: int = 0
+    pause_s: float = 0.0
+    limited: list[dict[str, Any]] = field(default_factory=list)
+
+    def ask(
+        self, texts: Sequence[str], key: str | None = None, **fields: Any
+    ) -> tuple[Outcome, ProviderError | None]:
+        """One call; what it means where it failed."""
+        if self.calls >= MOST_CALLS:
+            pytest.fail(f"more than {MOST_CALLS} calls")
+        time.sleep(self.pause_s if self.calls else 0)
+        self.calls += 1
+        sign = SecretStr(key) if key else self.key
+        asked = {"model": "voyage-4-lite", "input_type": "document", "output_dimension": 256}
+        outcome = exchange(
+            sign,
+            self.base_url,
+            DEADLINE_S,
+            **{**asked, "truncation": False, "encoding_format": "base64", **fields},
+            input=list(texts),
+        )
+        slow = outcome.learned.requests_per_minute
+        self.pause_s = 60 / slow + 1 if slow else 0.0
+        if outcome.answered:
+            return outcome, None
+        model = str(fields.get("model", asked["model"]))
+        error = failure(outcome, Asked(model, texts, sign, "VOYAGE_API_KEY"))
+        if error.facts.get("status") == 429:
+            self.limited.append(self.seen(outcome, error, texts))
+        return outcome, error
+
+    def seen(
+        self, outcome: Outcome, error: ProviderError | None, texts: Sequence[str]
+    ) -> dict[str, Any]:
+        """What may be kept of a call."""
+        reply = outcome.reply
+        if reply is None:
+            return {"status": None, "error": type(error).__name__}
+        said = quoted(reply.words, self.key.get_secret_value(), texts, 1000)
+        return {
+            "status": reply.status,
+            "headers": sorted(reply.headers),
+            **{name: reply.headers[name] for name in SHOWN_HEADERS if name in reply.headers},
+            **({"says": said, "means": type(error).__name__} if error else {}),
+        }
+
+    def vectors(self, texts: Sequence[str], **fields: Any) -> dict[str, Any]:
+        """The body of a good answer; the test ends here where there is none."""
+        outcome, error = self.ask(texts, **fields)
+        if error is not None:
+            self.facts.setdefault("failed", []).append(self.seen(outcome, error, texts))
+            pytest.skip(f"no answer: {error}")
+        assert isinstance(outcome.result, dict)
+        return {"headers": outcome.reply.headers if outcome.reply else {}, **outcome.result}
+
+
+@pytest.fixture(scope="session")
+def live(request: pytest.FixtureRequest) -> Iterator[Live]:
+    key = os.environ.get("VOYAGE_API_KEY", "").strip()
+    if not key:
+        pytest.skip("VOYAGE_API_KEY is not set; these tests ask the real API")
+    base_url = os.environ.get("EMBED_ONCE_LIVE_URL") or get_default_base_url(key)
+    now = datetime.now(UTC)
+    found = Live(SecretStr(key), base_url, {"at": now.isoformat(timespec="seconds")})
+    yield found
+    name = f"voyage-facts-{now:%Y%m%d-%H%M%S}.json"
+    file = Path(os.environ.get("EMBED_ONCE_LIVE_FACTS") or Path(tempfile.gettempdir()) / name)
+    facts = {**found.facts, "calls": found.calls, "limited": found.limited}
+    file.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+        print(f"\nFacts of this run: {file}")
+
+
 def rows(answer: dict[str, Any]) -> Floats:
     """The vectors by index."""
     items = sorted(answer["data"], key=lambda item: int(item["index"]))
@@ -41,7 +153,7 @@ def cosines(some: Floats, others: Floats) -> list[float]:
     return [round(float(value), 4) for value in (some * others).sum(axis=1)]
 
 
-def test_an_answer_has_an_index_each_a_bill_and_a_name(live: Any) -> None:
+def test_an_answer_has_an_index_each_a_bill_and_a_name(live: Live) -> None:
     answer = live.vectors(TEXTS)
     found = _first["float"] = rows(answer)
     norms = np.linalg.norm(found, axis=1)
@@ -60,13 +172,13 @@ def test_an_answer_has_an_index_each_a_bill_and_a_name(live: Any) -> None:
 
 
 @pytest.mark.parametrize("input_type", ["query", None])
-def test_tokens_of_the_prompt_are_billed_or_not(live: Any, input_type: str | None) -> None:
+def test_tokens_of_the_prompt_are_billed_or_not(live: Live, input_type: str | None) -> None:
     answer = live.vectors(TEXTS, input_type=input_type)
     tokens = live.facts.setdefault("tokens", {})
     tokens[str(input_type)] = answer["usage"]["total_tokens"]
 
 
-def test_the_same_text_has_the_same_vector_again_or_nearly(live: Any) -> None:
+def test_the_same_text_has_the_same_vector_again_or_nearly(live: Live) -> None:
     again = rows(live.vectors(TEXTS))
     if "float" not in _first:
         pytest.skip("nothing to compare with")
@@ -77,7 +189,7 @@ def test_the_same_text_has_the_same_vector_again_or_nearly(live: Any) -> None:
     assert min(cosines(again, _first["float"])) > 0.99
 
 
-def test_bits_are_the_signs(live: Any) -> None:
+def test_bits_are_the_signs(live: Live) -> None:
     answer = live.vectors(TEXTS, output_dtype="ubinary")
     packed = [base64.b64decode(item["embedding"]) for item in answer["data"]]
     assert {len(row) for row in packed} == {256 // 8}
@@ -88,7 +200,7 @@ def test_bits_are_the_signs(live: Any) -> None:
         assert same > 0.95
 
 
-def test_a_short_vector_begins_the_long_one(live: Any) -> None:
+def test_a_short_vector_begins_the_long_one(live: Live) -> None:
     long = rows(live.vectors(TEXTS, output_dimension=2048))
     assert long.shape == (3, 2048)
     if "float" in _first:
@@ -97,14 +209,14 @@ def test_a_short_vector_begins_the_long_one(live: Any) -> None:
 
 
 @pytest.mark.parametrize("model", ["voyage-4", "voyage-code-4"])
-def test_which_models_share_a_space(live: Any, model: str) -> None:
+def test_which_models_share_a_space(live: Live, model: str) -> None:
     other = rows(live.vectors(TEXTS, model=model))
     if "float" in _first:
         shared = live.facts.setdefault("cosines_to_voyage_4_lite", {})
         shared[model] = cosines(other, _first["float"])
 
 
-def test_a_model_of_one_length_takes_that_length_or_not(live: Any) -> None:
+def test_a_model_of_one_length_takes_that_length_or_not(live: Live) -> None:
     outcome, error = live.ask(TEXTS[:1], model="voyage-law-2", output_dimension=1024)
     live.facts["one_length_asked_for"] = live.seen(outcome, error, TEXTS)
 
@@ -118,14 +230,14 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("name", STRANGE)
-def test_what_becomes_of_a_strange_text(live: Any, name: str) -> None:
+def test_what_becomes_of_a_strange_text(live: Live, name: str) -> None:
     outcome, error = live.ask(STRANGE[name])
     live.facts[name] = live.seen(outcome, error, STRANGE[name])
     assert name != "empty" or isinstance(error, BatchRefused | ProviderThrottled), error
 
 
 @pytest.mark.parametrize("kind", ["same", "other"])
-def test_a_key_that_is_none_is_denied(live: Any, kind: str) -> None:
+def test_a_key_that_is_none_is_denied(live: Live, kind: str) -> None:
     atlas = live.key.get_secret_value().startswith("al-")
     prefix = "al-" if atlas == (kind == "same") else "pa-"
     outcome, error = live.ask(TEXTS[:1], key=f"{prefix}made-up-for-a-test")
@@ -133,19 +245,19 @@ def test_a_key_that_is_none_is_denied(live: Any, kind: str) -> None:
     assert isinstance(error, ProviderDenied), error
 
 
-def test_a_model_that_is_unknown_is_denied(live: Any) -> None:
+def test_a_model_that_is_unknown_is_denied(live: Live) -> None:
     outcome, error = live.ask(TEXTS[:1], model="voyage-none")
     live.facts["unknown_model"] = live.seen(outcome, error, TEXTS)
     assert isinstance(error, ProviderDenied), error
 
 
-def test_too_many_texts_are_split(live: Any) -> None:
+def test_too_many_texts_are_split(live: Live) -> None:
     outcome, error = live.ask(SHORTS)
     live.facts["too_many_texts"] = live.seen(outcome, error, SHORTS)
     assert isinstance(error, BatchTooLarge | ProviderThrottled), error
 
 
-def test_several_texts_too_long_are_named(live: Any) -> None:
+def test_several_texts_too_long_are_named(live: Live) -> None:
     texts = [TEXTS[0], LONG, TEXTS[1], LONG]
     outcome, error = live.ask(texts)
     live.facts["too_long_at_1_and_3"] = live.seen(outcome, error, texts)
@@ -154,7 +266,7 @@ def test_several_texts_too_long_are_named(live: Any) -> None:
     assert isinstance(error, BatchRefused | ProviderThrottled), error
 
 
-def test_what_one_call_to_code_4_takes(live: Any) -> None:
+def test_what_one_call_to_code_4_takes(live: Live) -> None:
     """Above both numbers in the docs, so that it is refused and not billed; else five cents."""
     outcome, error = live.ask(HEAVY, model="voyage-code-4")
     live.facts["voyage_code_4_cap"] = live.seen(outcome, error, HEAVY)
