@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +54,12 @@ def patched() -> Iterator[pytest.MonkeyPatch]:
     """Changes to the environment that last as long as this file's tests."""
     with pytest.MonkeyPatch.context() as patch:
         yield patch
+
+
+VOYAGE = [
+    "--set", "embedding={provider: voyage, model: voyage-4, dimension: 256}",
+    "--set", "index.table=voyage",
+]  # fmt: skip
 
 
 def embed_once(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -167,6 +175,16 @@ def test_plan_prices_a_voyage_model_without_a_key(home: Path) -> None:
         (["reindex", "birds.yaml", "--set", "limits.tokens_per_minute=9"], 2, "no limit a minute"),
         (["reindex", "birds.yaml", "--report", "corpus"], 2, "corpus cannot be written"),
         (["search", "birds.yaml", "x", "--set", "index.table=empty"], 2, "no index 'empty'"),
+        (["reindex", "birds.yaml", "--set", "limits.shared=true"], 2, "no account to share"),
+        (["reindex", "birds.yaml", "--set", "embedding.tokenizer=t.json"], 2, "no use for it"),
+        (["reindex", "birds.yaml", *VOYAGE], 2, "VOYAGE_API_KEY is not set"),
+        (["reindex", "birds.yaml", *VOYAGE, "--set", "embedding.output_dtype=int8"], 2, "ubinary"),
+        (["reindex", "birds.yaml", *VOYAGE, "--set", "index.metric=hamming"], 2, "hamming belongs"),
+        (["reindex", "birds.yaml", *VOYAGE, "--set", "embedding.base_url=voyage"], 2, "base_url"),
+        (["simulate", "--set", "tier=7"], 2, "tier: Input should be 'free', 1, 2, 3"),
+        (["simulate", "--set", "tier"], 2, "'tier' is no setting"),
+        (["simulate", "--rules", "birds.yaml"], 2, "birds.yaml is no list of rules"),
+        (["simulate", "--rules", "none.yaml"], 2, "none.yaml cannot be read"),
         (["search", "birds.yaml", "  "], 2, "blank"),
         (["reindex"], 2, "Missing argument"),
         (["reindex", "birds.yaml", "--budget", "3"], 2, "No such option"),
@@ -180,6 +198,53 @@ def test_a_users_mistake_is_said_in_words_and_touches_nothing(
     assert re.search(message, done.stderr)
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.fixture
+def simulator(home: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """`embed-once simulate` with a bad text, and its address."""
+    (home / "rules.yaml").write_text("- {marker: Ducks, status: 400, detail: No ducks.}\n")
+    command = [sys.executable, "-m", "flows.cli", "simulate", "--port", "0", "--rules"]
+    process = subprocess.Popen(
+        [*command, str(home / "rules.yaml")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    address = re.search(r"http://127\.0\.0\.1:\d+/v1", process.stdout.readline())
+    assert address is not None
+    yield process, address[0]
+    process.kill()
+    process.communicate()
+
+
+def test_a_refused_text_is_exit_code_3_until_it_is_taken(
+    home: Path, simulator: tuple["subprocess.Popen[str]", str], patched: pytest.MonkeyPatch
+) -> None:
+    process, address = simulator
+    patched.setenv("VOYAGE_API_KEY", "pa-secret-of-birds")
+    to_it = [*VOYAGE, "--set", f"embedding.base_url={address}"]
+    for run in ("first", "second"):
+        done = embed_once("reindex", "birds.yaml", *to_it, cwd=home)
+        assert done.returncode == 3, done.stderr
+        assert done.stderr == "Some texts are refused by the provider; see `left out` above.\n"
+        assert re.search(r"quarantined +1 \(their text is refused\)", done.stdout)
+        assert re.search(r"left out: duck\.md:1-3 +.*No ducks", done.stdout)
+        assert ("nothing changed" in done.stdout) == (run == "second")
+    requested = urllib.request.Request(  # noqa: S310
+        f"{address.removesuffix('v1')}_sim/rules", method="DELETE"
+    )
+    urllib.request.urlopen(requested, timeout=10).close()  # noqa: S310
+    done = embed_once("reindex", "birds.yaml", *to_it, "--retry-quarantined", cwd=home)
+    assert done.returncode == 0, done.stderr
+    found = embed_once("search", "birds.yaml", "ducks", *to_it, cwd=home)
+    assert found.returncode == 0, found.stderr
+    logs = [path.read_text() for path in (home / "state" / "logs").iterdir()]
+    assert not any("pa-secret-of-birds" in log for log in logs)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=20)[0]
+    assert re.search(
+        r"^7 calls \(4 ok\), [\d,]+ tokens, \$0\.0000 at list price\.$", said, re.MULTILINE
+    )
+    patched.delenv("VOYAGE_API_KEY")
 
 
 def test_an_index_held_by_another_run_is_exit_code_6(home: Path) -> None:

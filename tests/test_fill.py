@@ -256,3 +256,25 @@ def test_a_row_that_joined_another_document_meanwhile_is_left_to_the_next_run(fi
     found = fill(first, second, index)
     assert found.rows == []
     assert found.filled.unsettled == 2
+
+
+@given(cases, st.sets(st.sampled_from("abcdefg")).map("".join), st.sets(st.sampled_from("abc")))
+@settings(max_examples=60, deadline=None)
+def test_what_is_refused_is_in_no_row_and_all_else_is_as_the_corpus(
+    fill: Fill,
+    memory_reader: Any,
+    case: tuple[State, State, State, Kind],
+    bad: str,
+    before: set[str],
+) -> None:
+    corpus, _, index, kind = case
+    index = [row for row in index if row[2] not in bad]  # nothing refused was ever published
+    quarantined = "".join(before & set(bad))
+    found = fill(corpus, index=index, kind=kind, quarantined=quarantined, refused=bad)
+    wanted = standing(corpus, memory_reader)
+    assert found.after == {id_: row for id_, row in wanted.items() if row["text"] not in bad}
+    left_out = found.filled.left_out.to_pylist()
+    assert {row["id"] for row in left_out} == {
+        id_ for id_, row in wanted.items() if row["text"] in bad
+    }
+    assert not {text for batch in found.sent for text in batch} & set(quarantined)

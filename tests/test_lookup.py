@@ -160,3 +160,10 @@ def test_each_needed_text_is_either_missed_or_known(
     assert found.misses == [text for text in needed if text not in known]
     assert found.result.from_cache == len(needed) - len(found.misses)
     assert set(found.in_index) == set(needed) & set(published) - {*cached, *"".join(unfolded)}
+
+
+def test_a_refused_text_is_neither_missed_nor_known(look: Look) -> None:
+    found = look(added("abcd"), cached="b", quarantined="abz")
+    assert found.misses == ["c", "d"]
+    assert texts_of(found.result.quarantined.to_pylist()) == ["a"]
+    assert (found.result.from_cache, found.result.cache_tokens) == (1, 10)

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
-SERVES = ("server start", "worker start")
+SERVES = ("server start", "worker start", "embed-once simulate")
 """Commands that do not end by themselves."""
 
 
@@ -106,9 +106,13 @@ def test_the_commands_of_the_readme_work_in_order(shell: Shell) -> None:
 def test_the_table_of_commands_shows_commands_that_exist(shell: Shell) -> None:
     listed = re.findall(r"^\| `(uv run embed-once (\w+)[^`]*)`", README, re.MULTILINE)
     names = {name for _, name in listed}
-    assert names == {"reindex", "plan", "search", "history", "smoke"}
+    assert names == {"reindex", "plan", "search", "history", "smoke", "simulate"}
+    # The simulator of the section before still serves at its port.
+    typed = {"CONFIG": "configs/demo.yaml", "simulate": "simulate --port 0"}
     for command, _ in listed:
-        shell.do(command.replace("CONFIG", "configs/demo.yaml"))
+        for word, instead in typed.items():
+            command = command.replace(word, instead)  # noqa: PLW2901
+        shell.do(command)
 
 
 def test_the_configs_of_the_readme_are_accepted(project: Path) -> None:
