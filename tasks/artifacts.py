@@ -52,14 +52,17 @@ def publish_report(report: RunReport, calls: Sequence[Call]) -> None:
             {
                 "batch": call.batch,
                 "attempt": call.attempt,
+                "call": call.call,
+                "cause": call.cause,
                 "status": call.status,
                 "texts": call.texts,
                 "tokens estimated": call.tokens_estimated,
                 "tokens billed": call.tokens_billed,
                 "usd": round(call.usd, 6),
+                "waited s": round(call.waited, 1),
                 "ms": round(call.seconds * 1000, 1),
             }
-            for call in sorted(calls, key=lambda call: (call.batch, call.attempt))[:TABLE_ROWS]
+            for call in sorted(calls, key=lambda call: call.key)[:TABLE_ROWS]
         ],
         key=key("batches", report.name),
         description=f"Provider calls: {min(len(calls), TABLE_ROWS)} of {len(calls)}.",

@@ -29,6 +29,13 @@ from tasks.turns import REAL, Clock, Ticket, Turns
 MINUTE_S = 60.0
 """Length of the provider's minute; a benchmark may shorten it."""
 
+STEPS = 96
+"""Calls a minute into which a quota of tokens that nobody named is cut.
+
+With 24 the share used was 95 % and 0.8 to 2.6 % of the calls were refused, with 96 98 % and
+under 1 %: a step above what is known to pass is smaller, and refusals are fewer among more.
+"""
+
 TELL_AFTER_S = 10.0
 """A wait this long is told to people."""
 
@@ -103,6 +110,7 @@ class Limiter:
         limits: What the account may ask, as far as it is known.
         max_wait_s: A call that waits so long while nobody gets an answer ends as an outage.
         clock: The time.
+        least: What an account may ask that may ask least.
         shared: The part of the quota that other runs use too.
         tell: Is told, once, what a long wait is for.
     """
@@ -112,6 +120,7 @@ class Limiter:
         limits: Limits,
         *,
         max_wait_s: float = 600.0,
+        least: Learned | None = None,
         clock: Clock = REAL,
         shared: SharedWindow | None = None,
         tell: Callable[[str], None] = lambda _message: None,
@@ -119,6 +128,7 @@ class Limiter:
         self._limits = limits
         self._max_wait_s = max_wait_s
         self._clock = clock
+        self._least = least or Learned()
         self._shared = shared
         self._tell = tell
         self._told: set[str] = set()
@@ -152,12 +162,19 @@ class Limiter:
         try:
             yield sending
         except BaseException as error:
-            if self._failed(sending, error):
-                half = max(1, tokens // 2)
+            learned = self._failed(sending, error)
+            if learned is self._least:
+                self._tell(
+                    f"A call of {tokens:,} tokens is more than the account takes in a minute. It "
+                    f"is taken for the smallest, of {learned.requests_per_minute} requests and "
+                    f"{learned.tokens_per_minute:,} tokens a minute. If it has other limits, set "
+                    "limits.requests_per_minute and limits.tokens_per_minute."
+                )
+            if learned is not None:
                 raise BatchTooLarge(
                     f"A call of {tokens:,} tokens was refused twice after a minute without any "
-                    f"other: the account allows less in a minute. Send about {half:,} at once.",
-                    learned=Learned(tokens_per_request=half),
+                    "other: the account allows less in a minute.",
+                    learned=learned,
                     tokens=None,
                 ) from error
             raise
@@ -171,6 +188,12 @@ class Limiter:
             if allowed is not None:
                 # A whole number of calls uses all of a minute.
                 most = allowed // math.ceil(allowed / min(most or allowed, allowed))
+            if self._quota.tokens.ceiling is not None:
+                # Found out, not told: small steps come nearer to the quota, if there is room
+                # for so many requests.
+                steps = max(1, min(STEPS, (self._quota.requests.limit or STEPS) // 2))
+                fine = max(1, self._quota.tokens.ceiling // steps)
+                most = min(most or fine, fine)
             return replace(
                 self._limits,
                 requests_per_minute=self._quota.requests.quota,
@@ -326,8 +349,8 @@ class Limiter:
         self._learn(sending.learned)
         return billed
 
-    def _failed(self, sending: Sending, error: BaseException) -> bool:
-        """Take in how a call failed; True where it must be split because no minute holds it."""
+    def _failed(self, sending: Sending, error: BaseException) -> Learned | None:
+        """Take in how a call failed; what a minute holds where it does not hold this call."""
         with self._lock:
             now, call = self._clock.now(), sending.call
             self._slots.release(now)
@@ -342,7 +365,7 @@ class Limiter:
                 else:
                     too_large = self._quota.refused(now, call, learned, facts.get("retry_after"))
                 if too_large:
-                    learned = replace(learned, tokens_per_request=max(1, call.tokens // 2))
+                    learned = self._smaller(call.tokens, learned)
                 else:
                     self._turns.send_back(sending.number, call.tokens)
             elif sending.billed_tokens is not None:
@@ -360,7 +383,19 @@ class Limiter:
                 self._failing_since = now
             self._learn(learned)
             self._turns.wake_all()
-            return too_large
+            return learned if too_large else None
+
+    def _smaller(self, tokens: int, learned: Learned) -> Learned:
+        """What to send instead of a call of `tokens` that no minute holds.
+
+        Where the provider does not say, it is the account that gets least, if that explains
+        it: no other is so small, and to halve a call costs minutes each time.
+        """
+        least = self._least
+        unsaid = learned.requests_per_minute is None and learned.tokens_per_minute is None
+        if unsaid and least.tokens_per_minute is not None and tokens > least.tokens_per_minute:
+            return least
+        return replace(learned, tokens_per_request=max(1, tokens // 2))
 
     def _learn(self, learned: Learned) -> None:
         self._quota.learn(learned)

@@ -63,6 +63,7 @@ class Sender:
         self.limiter = Limiter(
             provider.limits,
             max_wait_s=terms.max_wait_s,
+            least=provider.least,
             shared=shared_window(provider) if terms.shared else None,
             tell=tell_waiting,
         )

@@ -57,6 +57,7 @@ class ScriptedProvider:
     script: list[Outcome] = field(default_factory=list)
     dimension: int = 256
     unit_vectors: bool = True
+    least: Learned = Learned()  # noqa: RUF009
     limits: Limits = LIMITS
     bad: frozenset[str] = frozenset()
     holed: frozenset[str] = frozenset()

@@ -37,7 +37,7 @@ from tasks.index import generations, held, open_index
 from tasks.journal import Call, RunFolder, fold
 from tasks.keys import hash_column, text_hash
 from tasks.ledger import Ledger
-from tasks.limits import Limits
+from tasks.limits import Learned, Limits
 from tasks.params import Config, Overrides, load_config
 from tasks.plan import survey
 from tasks.providers import Answer, Space
@@ -323,6 +323,7 @@ class Scripted:
     limits: Limits = TWO_TEXTS
     dimension: int = 64
     unit_vectors: bool = True
+    least: Learned = Learned()  # noqa: RUF009
 
     @property
     def space(self) -> Space:

@@ -202,6 +202,41 @@ def limits(requests: int | None = None, tokens: int | None = None, concurrency: 
     return Limits(requests, tokens, 1000, None, concurrency)
 
 
+LEAST = Learned(requests_per_minute=3, tokens_per_minute=10_000)
+"""What the smallest account may ask."""
+
+
+def as_large_as_allowed(
+    own: Limits, *, text: int, minutes: float, warm: float, **server: Any
+) -> "Outcome":
+    """As `simulate`, with calls as large as the limiter says, of whole texts."""
+    time = VirtualTime()
+    host = Server(time, **server)
+    limiter = Limiter(own, clock=time, least=LEAST)
+
+    def fitting() -> int:
+        return max(1, (limiter.limits.tokens_per_request or 0) // text) * text
+
+    def work() -> None:
+        while True:
+            tokens, sent = fitting(), False
+            while not sent:
+                tokens = min(tokens, fitting())
+                try:
+                    with limiter.sending(tokens) as sending:
+                        sending.answered(host.call(tokens))
+                    sent = True
+                except ProviderThrottled:
+                    continue
+                except BatchTooLarge as error:
+                    limiter.too_large(error.facts["learned"])
+
+    for _ in range(16):
+        time.start(work)
+    time.run(until=minutes * 60)
+    return outcome(host, limiter, warm, minutes)
+
+
 def simulate(
     own: Limits,
     size: int,
@@ -236,6 +271,11 @@ def simulate(
     for _ in range(threads):
         time.start(work)
     time.run(until=minutes * 60)
+    return outcome(host, limiter, warm, minutes)
+
+
+def outcome(host: Server, limiter: Limiter, warm: float, minutes: float) -> Outcome:
+    """What a server saw after the warm-up."""
     late = [tokens for at, tokens in host.accepted if at >= warm * 60]
     refused = sum(1 for at in host.refused if at >= warm * 60)
     span = minutes - warm
@@ -505,6 +545,53 @@ def test_a_call_refused_twice_after_an_idle_minute_must_be_split() -> None:
     assert run.server.accepted[0][1] == 400
     assert len(run.server.refused) == 6
     assert 120 < run.time.now() < 300
+
+
+@pytest.mark.parametrize("kind", ["sliding", "fixed"])
+@pytest.mark.parametrize(
+    ("requests", "tokens", "text", "minutes"),
+    [(3, 10_000, 50, 40), (2000, 3_000_000, 400, 16), (2000, 1_000_000, 200, 16)],
+)
+def test_calls_are_cut_so_that_a_hidden_quota_is_used(
+    kind: str, requests: int, tokens: int, text: int, minutes: float
+) -> None:
+    found = as_large_as_allowed(
+        Limits(2000, 8_000_000, 1000, 320_000, 8),
+        text=text, minutes=minutes, warm=0.4 * minutes,
+        requests=requests, tokens=tokens, kind=kind,
+    )  # fmt: skip
+    assert found.used >= 0.95
+    assert found.throttled < 0.01
+
+
+def test_an_account_that_takes_hardly_anything_is_the_smallest_one() -> None:
+    told: list[str] = []
+    time = VirtualTime()
+    host = Server(time, requests=3, tokens=10_000)
+    limiter = Limiter(limits(2000, 8_000_000), clock=time, least=LEAST, tell=told.append)
+    learned: list[Learned] = []
+
+    def work() -> None:
+        tokens = 200_000
+        while True:
+            try:
+                with limiter.sending(tokens) as sending:
+                    sending.answered(host.call(tokens))
+            except ProviderThrottled:
+                continue
+            except BatchTooLarge as error:
+                learned.append(error.facts["learned"])
+                limiter.too_large(learned[-1])
+                tokens = limiter.limits.tokens_per_request or 0
+            else:
+                return
+
+    time.start(work)
+    time.run()
+    assert learned == [LEAST]
+    assert (limiter.limits.requests_per_minute, limiter.limits.tokens_per_minute) == (3, 10_000)
+    assert host.accepted[0][1] == 10_000
+    assert [message for message in told if "taken for the smallest" in message]
 
 
 def test_an_outage_ends_what_waits_and_progress_elsewhere_does_not() -> None:

@@ -93,6 +93,10 @@ class Provider(Protocol):
         """What may be asked of it."""
 
     @property
+    def least(self) -> Learned:
+        """What an account may ask that may ask least; nothing where there is no account."""
+
+    @property
     def unit_vectors(self) -> bool:
         """Whether the vendor promises unit vectors."""
 

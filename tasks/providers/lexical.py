@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tasks.limits import Limits
+from tasks.limits import Learned, Limits
 from tasks.providers import Answer, Space, Vectors
 
 RECIPE = "words-1"
@@ -82,6 +82,11 @@ class Lexical:
     def space(self) -> Space:
         """Where its vectors live: one space for each dimension and recipe."""
         return Space("lexical", "lexical", self.dimension, preparation=RECIPE)
+
+    @property
+    def least(self) -> Learned:
+        """There is no account."""
+        return Learned()
 
     @property
     def unit_vectors(self) -> bool:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from pydantic import SecretStr
 
-from tasks.catalog import catalog
+from tasks.catalog import FREE_TRIAL, catalog
 from tasks.errors import AnswerRejected, ProviderBusy, ProviderDenied, SettingsError
-from tasks.limits import Estimator, Limits
+from tasks.limits import Estimator, Learned, Limits
 from tasks.providers import Answer, Provider, Space
 from tasks.tokens import Estimate
 
@@ -60,6 +60,11 @@ class Voyage:
     api_key_block: str | None = None
     estimate: Estimator = Estimate()  # noqa: RUF009 - a frozen value
     deadline_s: float = 120.0
+
+    @property
+    def least(self) -> Learned:
+        """The free trial."""
+        return Learned(FREE_TRIAL.requests_per_minute, FREE_TRIAL.tokens_per_minute)
 
     @property
     def unit_vectors(self) -> bool:

@@ -177,22 +177,31 @@ def send_for(
     )
     sender = sender_of(terms)
     ends = time.monotonic() + seconds
-    lock, numbers = threading.Lock(), itertools.count()
+    room, numbers = threading.Condition(), itertools.count()
     repeated = WORD * math.ceil(text_tokens * 4.2 / len(WORD))
 
+    most, flying = WAVE * config.limits.concurrency, 0
+
     def work() -> None:
+        nonlocal flying
         while time.monotonic() < ends:
-            with lock:
+            with room:
+                # As in the flow: one batch first, then as many ahead as a minute takes.
+                while flying >= (2 * sender.ahead(most) if sender.works else 1):
+                    room.wait(0.1)
+                    if time.monotonic() >= ends:
+                        return
+                flying += 1
                 one = _next_batch(sender, numbers, f"{os.getpid()} {seed} {{}} {repeated}", folder)
             with contextlib.suppress(RunStopped):
                 _embedded(one, terms)
             Path(one.table.path).unlink()
+            with room:
+                flying -= 1
+                room.notify()
 
-    # As in the flow: one batch first, then as many ahead as a minute takes.
-    most = WAVE * config.limits.concurrency
-    _embedded(_next_batch(sender, numbers, f"{os.getpid()} {seed} {{}} {repeated}", folder), terms)
     with ThreadPoolExecutor(2 * most) as pool:
-        done = [pool.submit(work) for _ in range(2 * sender.ahead(most))]
+        done = [pool.submit(work) for _ in range(2 * most)]
         time.sleep(max(0.0, ends - time.monotonic()))
         sender.stop(RunStopped("The time is over."))
         for each in done:
