@@ -27,9 +27,9 @@ from tasks.errors import (
 )
 from tasks.journal import Call, Refused, read_answer
 from tasks.keys import KeySet
-from tasks.limiter import Sending
 from tasks.limits import Learned
 from tasks.providers import Vectors, checked_vectors
+from tasks.quota import Sending
 from tasks.schemas import BATCH, Batch
 from tasks.sender import Terms, sender_of
 

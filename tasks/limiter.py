@@ -9,7 +9,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tasks.errors import (
@@ -22,7 +22,7 @@ from tasks.errors import (
     ProviderThrottled,
 )
 from tasks.limits import Learned, Limits
-from tasks.quota import Call, Quota
+from tasks.quota import Quota, Sending
 from tasks.slots import Slots
 from tasks.turns import REAL, Clock, Ticket, Turns
 
@@ -78,29 +78,6 @@ class LimiterStatistics:
     requests_per_minute: int | None
     tokens_per_minute: int | None
     limit_used_fraction: float
-
-
-@dataclass
-class Sending:
-    """One call in flight.
-
-    Attributes:
-        waited_s: Seconds that it waited before it was sent.
-        number: Its place in the queue.
-        at_once: Calls in flight when it was sent, with this one.
-        call: What it took of the quota.
-    """
-
-    waited_s: float
-    number: int
-    at_once: int
-    call: Call
-    billed_tokens: int | None = None
-    learned: Learned = field(default_factory=Learned)
-
-    def answered(self, billed_tokens: int, learned: Learned | None = None) -> None:
-        """Say that the provider answered, what it counted and which limits it named."""
-        self.billed_tokens, self.learned = billed_tokens, learned or Learned()
 
 
 class Limiter:

@@ -152,6 +152,29 @@ class Call:
     above: list[Window] = field(default_factory=list)
 
 
+@dataclass
+class Sending:
+    """One call in flight.
+
+    Attributes:
+        waited_s: Seconds that it waited before it was sent.
+        number: Its place in the queue.
+        at_once: Calls in flight when it was sent, with this one.
+        call: What it took of the quota.
+    """
+
+    waited_s: float
+    number: int
+    at_once: int
+    call: Call
+    billed_tokens: int | None = None
+    learned: Learned = field(default_factory=Learned)
+
+    def answered(self, billed_tokens: int, learned: Learned | None = None) -> None:
+        """Say that the provider answered, what it counted and which limits it named."""
+        self.billed_tokens, self.learned = billed_tokens, learned or Learned()
+
+
 class Quota:
     """Requests and tokens a minute of one account, and what its answers teach about them.
 
