@@ -357,8 +357,7 @@ def _whole_flow(
             )
         bad = sum("POISON" in text for text in texts)
         if bad:
-            size = max(1, math.ceil(len(texts) / max(1, report.calls.ok)))
-            print(f"bound: {bad} bad texts, at most 21 calls each in batches of 1,000 ({size})")
+            print(f"bound: {bad} bad texts in batches of 1,000: {21 * bad:,} calls")
 
 
 def _rows(config: Config) -> int:
