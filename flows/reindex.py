@@ -29,7 +29,7 @@ from tasks.journal import About, Refused, RunFolder, fold, unfolded_answers
 from tasks.ledger import Ledger
 from tasks.limiter import LimiterStatistics
 from tasks.params import Config, Overrides, TableSource, configured
-from tasks.plan import Survey, require_runnable, require_safe, survey
+from tasks.plan import Survey, require_few_leave, require_runnable, require_safe, survey
 from tasks.progress import Progress, listening, tell
 from tasks.publish import publish
 from tasks.read.frames import write_frame
@@ -38,6 +38,7 @@ from tasks.report import RunReport, ledger_row
 from tasks.run import (
     Clock,
     about_run,
+    embedded_texts,
     ended_report,
     finished_report,
     record_death,
@@ -170,6 +171,7 @@ def _reindex(
         _take_up_known(found)
         filled, refused, sent = _embed_all(found, folder)
         reasons = settle_quarantine(found, overrides, refused, folder.run_id)
+    require_few_leave(found, filled)
     tell(Progress("publishing"))
     with clock.stage("publish"):
         published = publish(
@@ -242,16 +244,21 @@ def _embed_all(
     with ExitStack() as stack:
         if progress is not None:
             stack.enter_context(listening(progress))
-        batches, wave = filling.batches(), 1  # the first answer tells how large batches may be
-        while part := list(itertools.islice(batches, wave)):
-            collected.flying += embed.map(part, unmapped(terms))
-            collected.take(down_to=0 if wave == 1 else sender.ahead(size))
-            if collected.failed:
-                break
-            wave = sender.ahead(size)
-        collected.take(down_to=0)
+        stack.callback(sender.save)
+        try:
+            batches, first = filling.batches(), True
+            while wave := list(itertools.islice(batches, 1 if first else sender.ahead(size))):
+                collected.flying += embed.map(wave, unmapped(terms))
+                # The first answer tells how large the next batches may be.
+                collected.take(down_to=0 if first else sender.ahead(size))
+                first = False
+                if collected.failed:
+                    break
+            collected.take(down_to=0)
+        except BaseException:  # Ctrl-C above all: what waits is not sent any more
+            sender.stop(RunStopped("The run was ended."))
+            raise
     collected.finish()
-    sender.save()
     filled = filling.finish(found.refused(collected.refused))
     return filled, collected.refused, sender.limiter.statistics()
 
@@ -295,14 +302,14 @@ class _Collected:
             self._fold()
 
     def finish(self) -> None:
-        """Fold the rest, then say what failed."""
-        self._fold()
+        """Fold the rest, of batches that failed too, then say what failed."""
+        fold(self._folder, self._found.cache)
         if not self.failed:
             return
-        first = self.failed[0]
+        first, done = self.failed[0], embedded_texts(self._folder.calls())
         raise EmbedOnceError(
             f"{self._found.config.name}: not all texts could be embedded: {first} The index is as "
-            f"it was; {self._done:,} texts of {self._found.packed.texts:,} are paid for and kept. "
+            f"it was; {done:,} texts of {self._found.packed.texts:,} are paid for and kept. "
             "Run again: only the rest is embedded."
         ) from first
 

@@ -133,9 +133,13 @@ def compare(
 
 
 def tally(changes: pa.Table, deletions: pa.Table) -> Counter[str]:
-    """How many chunks were added, changed, moved, relined and deleted."""
+    """How many chunks were added, changed, moved, relined and deleted.
+
+    A row whose new text is refused is deleted.
+    """
     counts: Counter[str] = Counter(changes.column("change").to_pylist())
-    counts["deleted"] = deletions.column("change").to_pylist().count("deleted")
+    leaving = deletions.column("change").to_pylist()
+    counts["deleted"] = leaving.count("deleted") + leaving.count("refused")
     return counts
 
 

@@ -31,11 +31,9 @@ from tasks.limits import Learned
 from tasks.providers import Vectors, checked_vectors
 from tasks.quota import Sending
 from tasks.schemas import BATCH, Batch
-from tasks.sender import Terms, sender_of
+from tasks.sender import PROOF_AFTER, Terms, sender_of
 
 PROOF = "The quick brown fox jumps over the lazy dog."
-PROOF_AFTER = 8
-"""So many texts refused and none taken: see whether the provider takes any text at all."""
 TRUSTED_ATTEMPTS = 2
 """So often an answer may hold bad vectors before the texts they belong to are blamed."""
 
@@ -113,6 +111,7 @@ class _Embedding:
         self._folder = terms.folder
         self._sender = sender_of(terms)
         self._calls = 0
+        self._answers = self._sender.answers
         self._suspects: list[tuple[_Part, str]] = []
         self._refused: list[Refused] = []
 
@@ -125,7 +124,7 @@ class _Embedding:
             while todo:
                 todo.extendleft(reversed(self._send(todo.popleft())))
         except ProviderBusy:
-            if self._sender.works:
+            if self._believable():
                 self._judge()  # what is known of them need not be found out again
             raise
         self._judge()
@@ -156,11 +155,11 @@ class _Embedding:
         """Send `part`, or as much of it as fits; what comes back is still to be sent."""
         piece, rest = part, list[_Part]()
         try:
-            with self._turn(part.texts) as (fits, sending):
+            with self._turn(part.texts) as (fits, sending, waited):
                 if fits < len(part):
                     piece = part.take(range(fits), part.cause)
                     rest = [part.take(range(fits, len(part)), "split")]
-                vectors, call = self._call(piece.texts, piece.cause, sending)
+                vectors, call = self._call(piece.texts, piece.cause, sending, waited)
         except ProviderThrottled:
             return [_Part(piece.rows, "wait", piece.texts), *rest]
         except BatchTooLarge as error:
@@ -174,21 +173,28 @@ class _Embedding:
             raise
         hashes = piece.rows.column("text_hash").combine_chunks()
         self._folder.write_answer(hashes, vectors, self._provider.space, call)
-        self._sender.works = True
+        self._sender.works()
         self._sender.learn(piece.texts, call.tokens_billed)
         return rest
 
     @contextmanager
-    def _turn(self, texts: list[str]) -> Iterator[tuple[int, Sending]]:
-        """Wait until a call may be sent; how many of `texts` it holds is decided last."""
+    def _turn(self, texts: list[str]) -> Iterator[tuple[int, Sending, float]]:
+        """Wait until a call may be sent; how many of `texts` it holds is decided last.
+
+        Yields:
+            How many go, the call for the limiter, and the seconds waited.
+        """
+        since = time.perf_counter()
         with ExitStack() as stack:
             with self._sender.turn:
                 fits, tokens = self._sender.fitting(texts)
                 sending = self._sender.limiter.sending(tokens, splittable=fits > 1)
                 entered = stack.enter_context(sending)
-            yield fits, entered
+            yield fits, entered, time.perf_counter() - since
 
-    def _call(self, texts: list[str], cause: str, sending: Sending) -> tuple[Vectors, Call]:
+    def _call(
+        self, texts: list[str], cause: str, sending: Sending, waited: float
+    ) -> tuple[Vectors, Call]:
         """One call to the provider, and its entry for the ledger, written down if it failed."""
         tokens = self._sender.tokens(texts)
         started_at, started = datetime.now(tz=UTC).isoformat(), time.perf_counter()
@@ -213,7 +219,7 @@ class _Embedding:
                 cause=cause,
                 status=status,
                 started_at=started_at,
-                waited=sending.waited_s,
+                waited=waited,
                 seconds=time.perf_counter() - started,
                 texts=len(texts),
                 tokens_estimated=tokens,
@@ -231,7 +237,10 @@ class _Embedding:
         self._sender.too_large(part.texts, counted, error.facts.get("learned", Learned()))
         if len(part) == 1:
             # By the provider's own count it is the text; by the account's quota it may pass later.
-            self._refuse(part, str(error), lasting=counted is not None)
+            reason = str(error)
+            if counted is None:
+                reason += " Cut the text shorter, or see limits.tier and limits.tokens_per_minute."
+            self._refuse(part, reason, lasting=counted is not None)
             return []
         if self._sender.fitting(part.texts)[0] < len(part):
             return [_Part(part.rows, "split", part.texts)]  # cut when its turn comes
@@ -240,11 +249,7 @@ class _Embedding:
     def _isolate(self, part: _Part, error: BatchRefused) -> list[_Part]:
         """Cut the texts off that the provider blames, or halve `part` to find them."""
         if len(part) == 1:
-            self._suspects.append((part, str(error)))
-            if self._terms.on_error == "fail_fast" or (
-                len(self._suspects) >= PROOF_AFTER and not self._sender.works
-            ):
-                self._judge()
+            self._suspect(part, str(error))
             return []
         named = sorted({at for at in error.facts.get("positions", ()) if 0 <= at < len(part)})
         if named and len(named) < len(part):
@@ -255,30 +260,42 @@ class _Embedding:
     def _doubt(self, part: _Part, error: AnswerRejected) -> list[_Part]:
         """Ask once more for all of it; then only the texts that got no good vector are doubted."""
         bad = error.facts.get("positions", ())
-        if self._attempt < TRUSTED_ATTEMPTS or not bad or not self._sender.works:
+        if self._attempt < TRUSTED_ATTEMPTS or not bad:
             raise error
-        if len(bad) == len(part):
-            if self._attempt == TRUSTED_ATTEMPTS:
-                raise error
-            for at in range(len(part)):
-                self._refuse(part.take([at], part.cause), str(error), lasting=True)
-            return []
-        rest = sorted(set(range(len(part))) - set(bad))
-        return [part.take(rest, "isolate"), part.take(bad, "isolate")]
+        if len(bad) < len(part):
+            rest = sorted(set(range(len(part))) - set(bad))
+            return [part.take(rest, "isolate"), part.take(bad, "isolate")]
+        if self._attempt == TRUSTED_ATTEMPTS or not self._sender.answers:
+            raise error  # all of it is bad: that is hardly the texts
+        if len(part) > 1:
+            return [part.take([at], "isolate") for at in range(len(part))]
+        self._suspect(part, str(error))
+        return []
+
+    def _suspect(self, part: _Part, reason: str) -> None:
+        """Put one text aside that seems to be bad."""
+        self._suspects.append((part, reason))
+        self._sender.refuses()
+        if self._terms.on_error == "fail_fast" or self._sender.refusals >= PROOF_AFTER:
+            self._judge()
 
     def _judge(self) -> None:
-        """Refuse the suspects, once it is proven that the provider takes other texts."""
+        """Refuse the suspects, once it is clear that the provider takes other texts."""
         suspects, self._suspects = self._suspects, []
-        if suspects and not self._sender.works:
+        if suspects and not self._believable(len(suspects)):
             self._prove(suspects[0][1])
         for part, reason in suspects:
             self._refuse(part, reason, lasting=True)
 
+    def _believable(self, suspects: int = 1) -> bool:
+        """Whether texts were taken beside those refused; of one alone, at any time before."""
+        return self._sender.proven and (suspects == 1 or self._sender.answers > self._answers)
+
     def _prove(self, reason: str) -> None:
         while True:
             try:
-                with self._turn([PROOF]) as (_, sending):
-                    _, call = self._call([PROOF], "proof", sending)
+                with self._turn([PROOF]) as (_, sending, waited):
+                    _, call = self._call([PROOF], "proof", sending, waited)
             except ProviderThrottled:
                 continue
             except BatchRefused:
@@ -289,7 +306,7 @@ class _Embedding:
                 self._sender.stop(denied)
                 raise denied from None
             self._folder.note(call)
-            self._sender.works = True
+            self._sender.works()
             return
 
     def _refuse(self, part: _Part, reason: str, *, lasting: bool) -> None:
@@ -299,7 +316,7 @@ class _Embedding:
         if self._terms.on_error == "fail_fast":
             error = BatchRefused(
                 f"A text of {len(part.texts[0]):,} characters is refused, and on_error is "
-                f"fail_fast: {reason}",
+                f"fail_fast: {reason} Change the text, or set on_error to quarantine.",
                 text_hash=text_hash,
             )
             self._sender.stop(error)

@@ -349,7 +349,7 @@ class Limiter:
                 self._take_in(sending)
             elif isinstance(error, BatchTooLarge | BatchRefused):
                 self._quota.rejected(call)
-                self._progress_at = now
+                self._progress_at, self._failing_since = now, None
             else:
                 self._quota.lost(now, call, facts.get("retry_after"))
                 if isinstance(error, ProviderBusy):

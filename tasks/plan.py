@@ -18,6 +18,7 @@ from tasks.cache import Cache
 from tasks.catalog import ModelFacts, facts_for
 from tasks.compare import Compared, Held, compare, tally
 from tasks.errors import SettingsError
+from tasks.fill import Filled
 from tasks.fingerprint import Keyed, fingerprint
 from tasks.index import Identity, identity_of, open_index, require_space, scan
 from tasks.journal import Refused, unfolded_hashes
@@ -199,6 +200,25 @@ def require_safe(survey: Survey, overrides: Overrides) -> None:
             f"{survey.packed.texts:,} texts ({survey.packed.tokens:,} tokens, "
             f"${survey.facts.usd(survey.packed.tokens):.2f}). Run with --accept-splitter to do "
             "so, or go back to the former source or splitter."
+        )
+
+
+def require_few_leave(survey: Survey, filled: Filled) -> None:
+    """Refuse to publish where too many rows would go because their new text is refused.
+
+    Raises:
+        SettingsError: More would go than `index.max_deleted_fraction` allows.
+    """
+    config, rows = survey.config, survey.compared.indexed
+    leaving = filled.deletions.load(DELETIONS).column("change").to_pylist()
+    gone = leaving.count("deleted") + leaving.count("refused")
+    if leaving.count("refused") and gone > config.index.max_deleted_fraction * rows:
+        raise SettingsError(
+            f"{gone:,} of {rows:,} chunks would leave the index {config.index.table!r}, most of "
+            "them because the provider refuses their new text. Nothing was published. See the "
+            "table `quarantine` for what it says; if it was in error, run with "
+            "--retry-quarantined, else with --set index.max_deleted_fraction=1.",
+            deleted=gone,
         )
 
 

@@ -197,7 +197,7 @@ class Quota:
         self._successes = 0
         self._in_a_row = 0
         self._refused_at = now - 1
-        self._refused_alone = 0
+        self._refused_alone = set[int]()
 
     @property
     def _windows(self) -> tuple[Window, Window]:
@@ -227,7 +227,8 @@ class Quota:
 
     def answered(self, call: Call, billed: int, learned: Learned) -> None:
         """Take in an answer."""
-        self._in_a_row = self._refused_alone = 0
+        self._in_a_row = 0
+        self._refused_alone.clear()
         self._successes += 1
         for window, entry, held in zip(self._windows, call.entries, call.before, strict=True):
             if window in call.above:
@@ -265,8 +266,9 @@ class Quota:
             self._infer(now, call, first=first, told=retry_after is not None)
         if not call.alone:
             return False
-        again = self._refused_alone == call.tokens
-        self._refused_alone = 0 if again else call.tokens
+        # By size: several such calls may take turns.
+        again = call.tokens in self._refused_alone
+        self._refused_alone ^= {call.tokens}
         return again
 
     def learn(self, learned: Learned) -> None:

@@ -114,6 +114,11 @@ def settle_quarantine(
     return quarantine.reasons | {text.text_hash: text.reason for text in refused}
 
 
+def embedded_texts(calls: Sequence[Call]) -> int:
+    """Texts of the corpus that `calls` brought vectors of."""
+    return sum(call.texts for call in calls if call.status == "ok" and call.cause != "proof")
+
+
 def finished_report(
     *,
     survey: Survey,
@@ -130,7 +135,7 @@ def finished_report(
     counts = tally(filled.changes.load(CHANGES), filled.deletions.load(DELETIONS))
     ok = [call for call in calls if call.status == "ok"]
     tokens = _tokens(calls)
-    embedded = sum(call.texts for call in ok)
+    embedded = embedded_texts(calls)
     skipped = Counter(survey.keyed.notes.skipped)
     if filled.unsettled:
         skipped["changed while it was read"] = filled.unsettled
@@ -187,7 +192,7 @@ def ended_report(
 ) -> RunReport:
     """The report of a run that failed or died; what it paid for is in it and in the cache."""
     tokens = _tokens(calls)
-    embedded = sum(call.texts for call in calls if call.status == "ok")
+    embedded = embedded_texts(calls)
     return RunReport(
         run_id=about.run_id,
         name=about.name,

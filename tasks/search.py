@@ -73,15 +73,15 @@ def _embedded(config: Config, provider: Provider, text: str) -> Vectors:
     facts = facts_for(config.embedding)
     started_at, started = datetime.now(tz=UTC).isoformat(), time.perf_counter()
     answer: Answer | None = None
-    status = "ok"
+    status, billed = "ok", 0
     try:
         answer = provider.embed([text])
         vectors = checked_vectors(answer, 1, provider)
     except ProviderError as error:
-        status = type(error).__name__
+        status, billed = type(error).__name__, error.facts.get("billed_tokens", 0)
         raise
     finally:
-        billed = answer.billed_tokens if answer else 0
+        billed = answer.billed_tokens if answer else billed
         if facts.usd_per_million_tokens:
             call = Call(
                 run_id=f"search-{uuid4()}",

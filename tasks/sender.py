@@ -17,6 +17,9 @@ from tasks.providers import Provider
 from tasks.shared_limits import shared_window
 from tasks.tokens import Calibration, Estimate, load, save
 
+PROOF_AFTER = 8
+"""So many texts refused in a row: see whether the provider takes any text at all."""
+
 OnError = Literal["quarantine", "fail_fast", "collect"]
 
 
@@ -46,7 +49,9 @@ class Sender:
 
     Attributes:
         limiter: Lets a call go when account and concurrency allow it.
-        works: Whether the provider has taken any text in this run.
+        answers: Good answers of this run so far.
+        refusals: Texts refused since the last good answer.
+        proven: Whether the provider is known to take texts now.
         turn: Held by who decides what to send next, until the limiter lets it go.
     """
 
@@ -58,7 +63,9 @@ class Sender:
             space = provider.space
             self._calibration = load(folder.state_uri, space.provider, space.model)
         provider.prepare()
-        self.works = False
+        self.answers = 0
+        self.refusals = 0
+        self.proven = False
         self.turn = threading.Lock()
         self.limiter = Limiter(
             provider.limits,
@@ -103,6 +110,16 @@ class Sender:
         if limits.tokens_per_minute and limits.tokens_per_request:
             a_minute.append(limits.tokens_per_minute / limits.tokens_per_request)
         return max(1, int(min(a_minute)))
+
+    def works(self) -> None:
+        """Note that the provider has just taken a text."""
+        self.answers, self.refusals, self.proven = self.answers + 1, 0, True
+
+    def refuses(self) -> None:
+        """Note that the provider has just refused a single text; too often is no text's fault."""
+        self.refusals += 1
+        if self.refusals >= PROOF_AFTER:
+            self.proven = False
 
     def learn(self, texts: Sequence[str], billed_tokens: int) -> None:
         """Take in what the provider has counted."""

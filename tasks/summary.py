@@ -54,7 +54,7 @@ def report_rows(report: RunReport) -> list[Row]:
     rows += [(f"left out: {each.chunk}", each.reason) for each in report.refused]
     if report.chunks.quarantined > len(report.refused) > 0:
         more = report.chunks.quarantined - len(report.refused)
-        rows.append(("left out", f"{more:,} more; the table `quarantine` has all"))
+        rows.append(("left out", f"{more:,} more"))
     if report.error:
         rows.append(("error", report.error))
     return rows

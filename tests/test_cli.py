@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from flows.cli import main
 from tasks.index import held
 from tasks.params import load_config
+from tasks.simulator import Latency, Settings, Simulator
 
 CONFIG = """\
 name: birds
@@ -262,6 +264,38 @@ def test_a_refused_text_is_exit_code_3_until_it_is_taken(
         r"^7 calls \(4 ok\), [\d,]+ tokens, \$0\.0000 at list price\.$", said, re.MULTILINE
     )
     patched.delenv("VOYAGE_API_KEY")
+
+
+def test_ctrl_c_sends_nothing_more_and_keeps_what_comes(
+    home: Path, tmp_path: Path, patched: pytest.MonkeyPatch
+) -> None:
+    rows = [{"id": str(number), "text": f"bird number {number}"} for number in range(200)]
+    (tmp_path / "birds.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    shutil.copy(home / "birds.yaml", tmp_path)
+    with Simulator(Settings(latency=Latency(base_s=1))) as simulator:
+        patched.setenv("VOYAGE_API_KEY", "pa-any")
+        process = subprocess.Popen(
+            [
+                sys.executable, "-m", "flows.cli", "reindex", "birds.yaml", *VOYAGE,
+                "--set", "source={kind: table, path: birds.jsonl}",
+                "--set", f"embedding.base_url={simulator.base_url}",
+                "--set", "limits.texts_per_request=1",
+            ],
+            cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        while simulator.ledger.totals()["calls"] < 12 and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        pressed, sent = time.monotonic(), simulator.ledger.totals()["calls"]
+        said = process.communicate(timeout=60)[1]
+        paid = simulator.ledger.totals()
+    patched.delenv("VOYAGE_API_KEY")
+    assert process.returncode == 130, said
+    assert "cancelled; what was paid for is kept" in said
+    assert time.monotonic() - pressed < 15
+    assert paid["calls"] <= sent + 8
+    answers = list((tmp_path / "state" / "runs").glob("*/answers/*.arrow"))
+    assert len(answers) == paid["distinct_texts"]
 
 
 def test_an_index_held_by_another_run_is_exit_code_6(home: Path) -> None:

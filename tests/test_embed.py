@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.embed import PROOF, PROOF_AFTER, Embedded, embed_batch, retry_when_busy
+from tasks.embed import PROOF, Embedded, embed_batch, retry_when_busy
 from tasks.errors import (
     AnswerRejected,
     BatchRefused,
@@ -30,7 +30,7 @@ from tasks.limits import Learned, Limits
 from tasks.providers import Answer, Space, Vectors, checked_vectors
 from tasks.providers.lexical import Lexical
 from tasks.schemas import BATCH, Batch, TableRef
-from tasks.sender import Terms, forget_sender, sender_of
+from tasks.sender import PROOF_AFTER, Terms, forget_sender, sender_of
 
 LIMITS = Limits(
     requests_per_minute=None,
@@ -201,6 +201,13 @@ def test_after_a_denial_nothing_more_is_sent(embed: Embed) -> None:
         with pytest.raises(ProviderDenied, match="wrong key"):
             embed(provider, number=number)
     assert len(provider.calls) == 1
+
+
+def test_limits_that_come_with_an_answer_reach_the_limiter(embed: Embed, folder: RunFolder) -> None:
+    answer = dataclasses.replace(by_words(WORDS), learned=Learned(3, 10_000))
+    provider = ScriptedProvider([answer])
+    embed(provider)
+    assert sender_of(Terms(provider, folder, 0.0)).limiter.limits.tokens_per_minute == 10_000
 
 
 def test_a_throttled_call_is_sent_again_and_is_no_retry(embed: Embed, folder: RunFolder) -> None:

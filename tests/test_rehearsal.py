@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from flows.reindex import embed, reindex, run
-from tasks.errors import EmbedOnceError
+from tasks.errors import EmbedOnceError, SettingsError
 from tasks.index import open_index
 from tasks.ledger import Ledger
 from tasks.params import Overrides, load_config
@@ -176,6 +176,7 @@ def test_a_row_whose_new_text_is_refused_leaves_the_index(home: Home) -> None:
     home.simulator.add(POISON)
     report = home.reindex()
     assert (report.published, report.chunks.quarantined, report.chunks.changed) == ("merge", 1, 0)
+    assert report.chunks.deleted == 1
     assert home.index() == {id_: text for id_, text in by_id(texts).items() if id_ != "4"}
 
 
@@ -193,6 +194,33 @@ def test_fail_fast_ends_the_run_and_leaves_the_index_as_it_was(home: Home) -> No
     assert home.simulator.ledger.totals()["texts_billed_again"] == 0
     assert home.billed >= before
     assert len(quarantined(str(home.folder / "state"))) == 0
+
+
+def test_an_api_that_refuses_everything_for_a_while_blames_no_text(home: Home) -> None:
+    home.write(words(200))
+    home.reindex()
+    home.write([f"{text} Once more." for text in words(200)])
+    home.simulator.reset()
+    home.simulator.add(Rule(status=400, detail="Bad Request", requests=frozenset(range(2, 900))))
+    with pytest.raises(EmbedOnceError, match="refuses every text"):
+        home.reindex()
+    assert home.calls < 60
+    assert len(quarantined(str(home.folder / "state"))) <= 8
+    assert home.index() == by_id(words(200))
+    home.simulator.reset()
+    assert home.reindex(retry_quarantined=True).state == "completed"
+    assert len(home.index()) == 200
+
+
+def test_rows_do_not_leave_in_masses_because_their_texts_are_refused(home: Home) -> None:
+    home.write(words(10))
+    home.reindex()
+    home.write([*words(2), *[f"POISON {number}" for number in range(8)]])
+    home.simulator.add(POISON)
+    with pytest.raises(SettingsError, match="8 of 10 chunks would leave"):
+        home.reindex()
+    assert home.index() == by_id(words(10))
+    assert home.reindex("index.max_deleted_fraction=1").chunks.deleted == 8
 
 
 def test_a_wrong_key_costs_one_call_and_is_not_shown(
@@ -295,6 +323,7 @@ def test_bits_are_indexed_and_found_by_hamming_distance(home: Home) -> None:
     assert hits[0].distance == int(hits[0].distance)
     # The query was paid for, is in the ledger, and is asked anew each time.
     assert home.ledger_tokens == home.billed > before
+    assert home.simulator.ledger.requests[-1].input_type == "query"
     search(config, "trains in cities", 1)
     assert home.ledger_tokens == home.billed > before + 1
     assert home.reindex(*settings).published == "none"

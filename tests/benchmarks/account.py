@@ -74,9 +74,9 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("free trial, told", 3, 10_000, {"tier": "free"}, "free-trial", "voyage-4", 400, 24, 4, 10),
-    Case("free trial, hidden", 3, 10_000, {"tier": 1}, "hidden", "voyage-4", 400, 40, 16, 10),
-    Case("free trial, announced", 3, 10_000, {"tier": 1}, "free-trial", "voyage-4", 400, 24, 4, 10),
+    Case("free trial, told", 3, 10_000, {"tier": "free"}, "free-trial", "voyage-4", 200, 24, 4, 10),
+    Case("free trial, hidden", 3, 10_000, {"tier": 1}, "hidden", "voyage-4", 200, 40, 16, 10),
+    Case("free trial, announced", 3, 10_000, {"tier": 1}, "free-trial", "voyage-4", 200, 24, 4, 10),
     Case("3M hidden", 2000, 3_000_000, {"tier": 1}, "hidden", "voyage-4", 400, 12, 6, 4),
     Case("3M announced", 2000, 3_000_000, {"tier": 1}, "numbers", "voyage-4", 400, 8, 3, 4),
     Case("8M known", 2000, 8_000_000, {"tier": 1}, "hidden", "voyage-4", 1200, 7, 2, 2),
@@ -187,7 +187,7 @@ def send_for(
         while time.monotonic() < ends:
             with room:
                 # As in the flow: one batch first, then as many ahead as a minute takes.
-                while flying >= (2 * sender.ahead(most) if sender.works else 1):
+                while flying >= (2 * sender.ahead(most) if sender.answers else 1):
                     room.wait(0.1)
                     if time.monotonic() >= ends:
                         return
