@@ -24,6 +24,7 @@ from tasks.errors import (
     ProviderDenied,
     ProviderError,
     ProviderThrottled,
+    ProviderUnreachable,
 )
 from tasks.journal import Call, Refused, read_answer
 from tasks.keys import KeySet
@@ -34,6 +35,8 @@ from tasks.schemas import BATCH, Batch
 from tasks.sender import PROOF_AFTER, Terms, sender_of
 
 PROOF = "The quick brown fox jumps over the lazy dog."
+REACHED_ATTEMPTS = 3
+"""So often an address is tried where nobody has answered in this run."""
 TRUSTED_ATTEMPTS = 2
 """So often an answer may hold bad vectors before the texts they belong to are blamed."""
 
@@ -168,6 +171,12 @@ class _Embedding:
             return self._isolate(piece, error) + rest
         except AnswerRejected as error:
             return self._doubt(piece, error) + rest
+        except ProviderUnreachable as error:
+            if self._sender.answers or self._attempt < REACHED_ATTEMPTS:
+                raise
+            denied = ProviderDenied(str(error))  # nobody has ever been there
+            self._sender.stop(denied)
+            raise denied from None
         except ProviderDenied as error:
             self._sender.stop(error)
             raise

@@ -7,7 +7,8 @@ EmbedOnceError
 ├── IndexConflict        the table is not ours, or of another space; name another one
 └── ProviderError        what a provider's call can end with
     ├── ProviderBusy     wait, then the same call may work; spends a retry
-    │   └── AnswerRejected   the answer failed a check; ask again, never store it
+    │   ├── AnswerRejected   the answer failed a check; ask again, never store it
+    │   └── ProviderUnreachable  nobody is there; wait, unless nobody ever was
     ├── ProviderThrottled    the account's limit is reached: all calls wait; spends no retry
     ├── BatchTooLarge    split the batch
     ├── BatchRefused     one text in it is bad: isolate it
@@ -75,6 +76,10 @@ class AnswerRejected(ProviderBusy):
     Facts: `positions` of the texts whose vectors are bad, () where it is the whole answer;
     `billed_tokens`, where the answer was dropped before anyone else could read them.
     """
+
+
+class ProviderUnreachable(ProviderBusy):
+    """Nobody is at the provider's address: no such name, or no connection taken."""
 
 
 class ProviderThrottled(ProviderError):

@@ -22,6 +22,7 @@ from tasks.errors import (
     ProviderDenied,
     ProviderError,
     ProviderThrottled,
+    ProviderUnreachable,
     RunStopped,
 )
 from tasks.journal import RunFolder, read_answer
@@ -193,6 +194,27 @@ def test_a_rejected_answer_was_paid_for_and_is_asked_again(embed: Embed, folder:
         ("ok", "retry", 1_000_000),
     ]
     assert len(folder.answers) == 1
+
+
+def test_an_address_where_nobody_ever_was_is_left_after_three_tries(embed: Embed) -> None:
+    provider = ScriptedProvider([ProviderUnreachable("no such name")] * 9)
+    for attempt in (1, 2):
+        with pytest.raises(ProviderUnreachable):
+            embed(provider, attempt=attempt)
+    with pytest.raises(ProviderDenied, match="no such name"):
+        embed(provider, attempt=3)
+    with pytest.raises(ProviderDenied):
+        embed(provider, number=5)
+    assert len(provider.calls) == 3
+
+
+def test_an_address_that_is_gone_for_a_while_is_waited_for(embed: Embed) -> None:
+    provider = ScriptedProvider([None, *[ProviderUnreachable("no such name")] * 4])
+    embed(provider, "delta", number=1)
+    for attempt in (1, 2, 3, 4):
+        with pytest.raises(ProviderUnreachable):
+            embed(provider, attempt=attempt)
+    assert embed(provider, attempt=5).texts == 3
 
 
 def test_after_a_denial_nothing_more_is_sent(embed: Embed) -> None:

@@ -1096,8 +1096,12 @@ def test_no_page_shows_a_key() -> None:
 
 def test_it_serves_from_a_process_of_its_own_until_interrupted(tmp_path: Path) -> None:
     code = """
+import signal
 from pathlib import Path
 from tasks.simulator import Rule, Settings, serve
+
+# What runs in the background of a script ignores it from the start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def ready(simulator):
     Path("address").write_text(simulator.base_url)

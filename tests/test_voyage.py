@@ -38,6 +38,7 @@ from tasks.errors import (
     ProviderDenied,
     ProviderError,
     ProviderThrottled,
+    ProviderUnreachable,
     SettingsError,
 )
 from tasks.limits import Learned, Limits
@@ -172,7 +173,6 @@ MEANINGS: dict[str, tuple[Rule, str, type[ProviderError]]] = {
     "plain text": (Rule(action="text_plain_200"), "AttributeError", AnswerRejected),
     "204": (Rule(action="204"), "AttributeError", AnswerRejected),
     "no data": (Rule(action="no_data"), "AttributeError", AnswerRejected),
-    "no usage": (Rule(action="no_usage"), "AttributeError", AnswerRejected),
     "bad base64": (Rule(action="bad_b64"), "Error", AnswerRejected),
     "odd base64": (Rule(action="odd_b64"), "ValueError", AnswerRejected),
     "fewer": (Rule(action="fewer"), "ok", AnswerRejected),
@@ -213,6 +213,13 @@ def test_what_the_server_does_has_one_meaning_whatever_the_sdk_makes_of_it(
         provider.base_url.removeprefix("http://").removesuffix("/v1") if provider.base_url else ""
     )
     assert host in str(error) or "voyage/voyage-4" in str(error)
+
+
+def test_an_answer_that_says_nothing_of_tokens_is_good_all_the_same(simulator: Simulator) -> None:
+    simulator.add(Rule(action="no_usage"))
+    assert sdk_ends_in(simulator, ["a"], 5) == "AttributeError"
+    answer = voyage(simulator).embed(sentences(3))
+    assert (answer.billed_tokens, len(answer.vectors)) == (0, 3)
 
 
 def test_a_list_of_a_validator_cannot_even_be_shown_by_the_sdk(simulator: Simulator) -> None:
@@ -712,8 +719,8 @@ BROKEN: list[tuple[Exception, type[ProviderError], str]] = [
     (wrapped(TLSError(ssl.SSLEOFError("ended"))), ProviderBusy, "broke"),
     (wrapped(OSError("Tunnel connection failed: 407 Login")), ProviderDenied, "HTTPS_PROXY"),
     (wrapped(OSError("Tunnel connection failed: 502 Bad")), ProviderBusy, "HTTPS_PROXY"),
-    (wrapped(socket.gaierror(-2, "unknown")), ProviderBusy, "no address"),
-    (wrapped(ConnectionRefusedError(111, "refused")), ProviderBusy, "takes no connection"),
+    (wrapped(socket.gaierror(-2, "unknown")), ProviderUnreachable, "no address"),
+    (wrapped(ConnectionRefusedError(111, "refused")), ProviderUnreachable, "takes no connection"),
     (requests.exceptions.ChunkedEncodingError("cut"), ProviderBusy, "broke"),
     (requests.exceptions.ConnectTimeout("slow"), ProviderBusy, "deadline"),
     (requests.exceptions.InvalidHeader("no"), ProviderDenied, "key"),

@@ -138,9 +138,6 @@ class Voyage:
         items = result.get("data")
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             self._reject(outcome, "with no list of vectors")
-        billed = _billed(outcome)
-        if billed is None:
-            self._reject(outcome, "without the number of tokens")
         model = result.get("model", self.model)
         if model != self.model:
             # The server's word may be anything, so it is not repeated.
@@ -163,7 +160,7 @@ class Voyage:
         return Answer(
             vectors.reshape(len(rows), -1) if rows else vectors.reshape(0, size),
             order,
-            billed,
+            _billed(outcome),
             outcome.request_id,
             outcome.learned,
         )
@@ -175,15 +172,15 @@ class Voyage:
             retry_after=None,
             request_id=outcome.request_id,
             positions=tuple(positions),
-            billed_tokens=_billed(outcome) or 0,
+            billed_tokens=_billed(outcome),
         )
 
 
-def _billed(outcome: "Outcome") -> int | None:
-    """The tokens of an answer by the provider's word; None where it does not say."""
+def _billed(outcome: "Outcome") -> int:
+    """The tokens of an answer by the provider's word; 0 where it does not say."""
     usage = outcome.result.get("usage") if isinstance(outcome.result, dict) else None
     tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-    return tokens if type(tokens) is int and tokens >= 0 else None
+    return tokens if type(tokens) is int and tokens >= 0 else 0
 
 
 def require_key(provider: Provider) -> None:

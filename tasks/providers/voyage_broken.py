@@ -13,7 +13,13 @@ from requests import exceptions as requested
 from urllib3.exceptions import DecodeError, LocationParseError, NameResolutionError
 from urllib3.exceptions import TimeoutError as TimedOut
 
-from tasks.errors import AnswerRejected, ProviderBusy, ProviderDenied, ProviderError
+from tasks.errors import (
+    AnswerRejected,
+    ProviderBusy,
+    ProviderDenied,
+    ProviderError,
+    ProviderUnreachable,
+)
 from tasks.providers.voyage_transport import TooLate, TooLong
 
 Meaning = tuple[type[ProviderError], str]
@@ -27,7 +33,7 @@ _ADDRESS: Meaning = (
     "cannot be asked: no address. See base_url and HTTPS_PROXY; one starts with https://",
 )
 _NAME: Meaning = (
-    ProviderBusy,
+    ProviderUnreachable,
     "has no address that this machine can find. If that is lasting, see base_url and the network",
 )
 _DEADLINE: Meaning = (
@@ -58,7 +64,7 @@ _MEANINGS: dict[type[BaseException], Meaning] = {
     socket.gaierror: _NAME,
     NameResolutionError: _NAME,
     ConnectionRefusedError: (
-        ProviderBusy,
+        ProviderUnreachable,
         "takes no connection. If that is lasting, see base_url and the network",
     ),
     TooLate: _DEADLINE,
