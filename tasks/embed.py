@@ -127,7 +127,7 @@ class _Embedding:
             while todo:
                 todo.extendleft(reversed(self._send(todo.popleft())))
         except ProviderBusy:
-            if self._believable():
+            if self._believable(len(self._suspects)):
                 self._judge()  # what is known of them need not be found out again
             raise
         self._judge()
@@ -207,12 +207,13 @@ class _Embedding:
         """One call to the provider, and its entry for the ledger, written down if it failed."""
         tokens = self._sender.tokens(texts)
         started_at, started = datetime.now(tz=UTC).isoformat(), time.perf_counter()
-        status, vectors, billed, request_id = "ok", None, 0, ""
+        status, vectors, billed, request_id = "unforeseen", None, 0, ""
         try:
             answer = self._provider.embed(texts)
             billed, request_id = answer.billed_tokens, answer.request_id
             sending.answered(answer.billed_tokens, answer.learned)
             vectors = checked_vectors(answer, len(texts), self._provider)
+            status = "ok"
         except ProviderError as error:
             status = type(error).__name__
             billed = error.facts.get("billed_tokens", billed)
@@ -296,7 +297,7 @@ class _Embedding:
         for part, reason in suspects:
             self._refuse(part, reason, lasting=True)
 
-    def _believable(self, suspects: int = 1) -> bool:
+    def _believable(self, suspects: int) -> bool:
         """Whether texts were taken beside those refused; of one alone, at any time before."""
         return self._sender.proven and (suspects == 1 or self._sender.answers > self._answers)
 

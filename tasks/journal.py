@@ -47,7 +47,7 @@ class Call:
         cause: Why it was made: "first", "retry" after a failure, "wait" after the account's
             limit was reached, "split" of a batch too large, "isolate" to find a text that is
             refused, "proof" that the provider takes any text, "query" of a search.
-        status: "ok", or the class of the error.
+        status: "ok", or the class of the error; "unforeseen" where it was none of ours.
         started_at: ISO 8601, UTC.
         waited: Seconds it waited for its turn before it was sent.
         seconds: From sending to the end of the answer.

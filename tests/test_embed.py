@@ -217,6 +217,12 @@ def test_an_address_that_is_gone_for_a_while_is_waited_for(embed: Embed) -> None
     assert embed(provider, attempt=5).texts == 3
 
 
+def test_a_fault_of_ours_is_no_good_call(embed: Embed, folder: RunFolder) -> None:
+    with pytest.raises(ValueError, match="a bug"):
+        embed(ScriptedProvider([ValueError("a bug")]))
+    assert [call.status for call in folder.calls()] == ["unforeseen"]
+
+
 def test_after_a_denial_nothing_more_is_sent(embed: Embed) -> None:
     provider = ScriptedProvider([ProviderDenied("wrong key")])
     for number in (1, 2):
