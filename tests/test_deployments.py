@@ -73,7 +73,11 @@ def api(environment: dict[str, str], project: Path) -> Iterator[Api]:
         yield call
     finally:
         worker.terminate()
-        worker.wait(timeout=60)
+        try:
+            worker.wait(timeout=30)
+        except subprocess.TimeoutExpired:  # it ends by Ctrl-C, which a background job ignores
+            worker.kill()
+            worker.wait()
 
 
 def prefect(*arguments: str, cwd: Path, env: dict[str, str]) -> str:

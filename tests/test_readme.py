@@ -79,7 +79,11 @@ class Shell:
         """End what still runs."""
         for process in reversed(self.running):
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:  # it ends by Ctrl-C, which a background job ignores
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def test_the_commands_of_the_readme_work_in_order(shell: Shell) -> None:
