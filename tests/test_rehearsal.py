@@ -276,7 +276,15 @@ def test_an_outage_ends_the_run_cleanly_and_the_next_one_goes_on(home: Home) -> 
 
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize(
-    "action", ["shuffle", "nan", "fewer", "dup", "wrong_dim", "null_embedding"]
+    "action",
+    [
+        "shuffle",
+        "nan",
+        *[
+            pytest.param(action, marks=pytest.mark.slow)
+            for action in ("fewer", "dup", "wrong_dim", "null_embedding")
+        ],
+    ],
 )
 def test_a_wrong_answer_is_never_stored(home: Home, action: Any) -> None:
     home.write(words(40))
