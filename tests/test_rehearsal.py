@@ -204,7 +204,7 @@ def test_an_api_that_refuses_everything_for_a_while_blames_no_text(home: Home) -
     home.simulator.add(Rule(status=400, detail="Bad Request", requests=frozenset(range(2, 900))))
     with pytest.raises(EmbedOnceError, match="refuses every text"):
         home.reindex()
-    assert home.calls < 60
+    assert home.calls < 150  # of 400 to find each text; several batches are in flight
     assert len(quarantined(str(home.folder / "state"))) <= 8
     assert home.index() == by_id(words(200))
     home.simulator.reset()
