@@ -103,6 +103,15 @@ class _Part:
         return [self.take(range(middle), cause), self.take(range(middle, len(self)), cause)]
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """A call that the limiter lets go: its estimated tokens, and the seconds it waited."""
+
+    sending: Sending
+    tokens: int
+    waited_s: float
+
+
 class _Embedding:
     """One attempt at one batch."""
 
@@ -158,11 +167,11 @@ class _Embedding:
         """Send `part`, or as much of it as fits; what comes back is still to be sent."""
         piece, rest = part, list[_Part]()
         try:
-            with self._turn(part.texts) as (fits, sending, waited):
+            with self._turn(part.texts) as (fits, turn):
                 if fits < len(part):
                     piece = part.take(range(fits), part.cause)
                     rest = [part.take(range(fits, len(part)), "split")]
-                vectors, call = self._call(piece.texts, piece.cause, sending, waited)
+                vectors, call = self._call(piece.texts, piece.cause, turn)
         except ProviderThrottled:
             return [_Part(piece.rows, "wait", piece.texts), *rest]
         except BatchTooLarge as error:
@@ -177,9 +186,6 @@ class _Embedding:
             denied = ProviderDenied(str(error))  # nobody has ever been there
             self._sender.stop(denied)
             raise denied from None
-        except ProviderDenied as error:
-            self._sender.stop(error)
-            raise
         hashes = piece.rows.column("text_hash").combine_chunks()
         self._folder.write_answer(hashes, vectors, self._provider.space, call)
         self._sender.works()
@@ -187,31 +193,24 @@ class _Embedding:
         return rest
 
     @contextmanager
-    def _turn(self, texts: list[str]) -> Iterator[tuple[int, Sending, float]]:
-        """Wait until a call may be sent; how many of `texts` it holds is decided last.
-
-        Yields:
-            How many go, the call for the limiter, and the seconds waited.
-        """
+    def _turn(self, texts: list[str]) -> Iterator[tuple[int, _Turn]]:
+        """Wait until a call may be sent; how many of `texts` it holds is decided last."""
         since = time.perf_counter()
         with ExitStack() as stack:
             with self._sender.turn:
                 fits, tokens = self._sender.fitting(texts)
                 sending = self._sender.limiter.sending(tokens, splittable=fits > 1)
                 entered = stack.enter_context(sending)
-            yield fits, entered, time.perf_counter() - since
+            yield fits, _Turn(entered, tokens, time.perf_counter() - since)
 
-    def _call(
-        self, texts: list[str], cause: str, sending: Sending, waited: float
-    ) -> tuple[Vectors, Call]:
+    def _call(self, texts: list[str], cause: str, turn: _Turn) -> tuple[Vectors, Call]:
         """One call to the provider, and its entry for the ledger, written down if it failed."""
-        tokens = self._sender.tokens(texts)
         started_at, started = datetime.now(tz=UTC).isoformat(), time.perf_counter()
         status, vectors, billed, request_id = "unforeseen", None, 0, ""
         try:
             answer = self._provider.embed(texts)
             billed, request_id = answer.billed_tokens, answer.request_id
-            sending.answered(answer.billed_tokens, answer.learned)
+            turn.sending.answered(answer.billed_tokens, answer.learned)
             vectors = checked_vectors(answer, len(texts), self._provider)
             status = "ok"
         except ProviderError as error:
@@ -229,10 +228,10 @@ class _Embedding:
                 cause=cause,
                 status=status,
                 started_at=started_at,
-                waited=waited,
+                waited=turn.waited_s,
                 seconds=time.perf_counter() - started,
                 texts=len(texts),
-                tokens_estimated=tokens,
+                tokens_estimated=turn.tokens,
                 tokens_billed=billed,
                 usd=billed * self._terms.usd_per_million_tokens / 1e6,
                 request_id=request_id,
@@ -304,8 +303,8 @@ class _Embedding:
     def _prove(self, reason: str) -> None:
         while True:
             try:
-                with self._turn([PROOF]) as (_, sending, waited):
-                    _, call = self._call([PROOF], "proof", sending, waited)
+                with self._turn([PROOF]) as (_, turn):
+                    _, call = self._call([PROOF], "proof", turn)
             except ProviderThrottled:
                 continue
             except BatchRefused:

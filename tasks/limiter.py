@@ -301,7 +301,6 @@ class Limiter:
         if self._first_at is None:
             self._first_at = now
         return Sending(
-            waited_s=now - ticket.since,
             number=ticket.number,
             at_once=self._slots.take(now),
             call=self._quota.send(now, ticket.tokens),

@@ -256,7 +256,7 @@ def load_config(path: str | Path, settings: Sequence[str] = ()) -> Config:
     file = Path(path).expanduser().resolve()
     values = _read_yaml(file)
     for setting in settings:
-        _lay_over(values, setting)
+        lay_over(values, setting)
     try:
         return Config.model_validate(values, context={"base": project_folder(file)})
     except ValidationError as error:
@@ -308,8 +308,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
-def _lay_over(values: dict[str, Any], setting: str) -> None:
-    """Set the one value that `setting` ("a.b=c") names; c is read as YAML."""
+def lay_over(values: dict[str, Any], setting: str) -> None:
+    """Set the one value that `setting` ("a.b=c") names; c is read as YAML.
+
+    Raises:
+        SettingsError: It names no value, or c is not valid YAML.
+    """
     path, equals, text = setting.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not equals or not all(keys):

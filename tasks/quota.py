@@ -157,13 +157,11 @@ class Sending:
     """One call in flight.
 
     Attributes:
-        waited_s: Seconds that it waited before it was sent.
         number: Its place in the queue.
         at_once: Calls in flight when it was sent, with this one.
         call: What it took of the quota.
     """
 
-    waited_s: float
     number: int
     at_once: int
     call: Call

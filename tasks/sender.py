@@ -79,10 +79,6 @@ class Sender:
         """Tokens of each of `texts`, by what is known by now."""
         return self._estimate().counts(texts)
 
-    def tokens(self, texts: Sequence[str]) -> int:
-        """Tokens of all `texts` together."""
-        return int(self.counts(texts).sum())
-
     def request_limits(self) -> Limits:
         """What one call takes by now, with a margin for estimates."""
         return self.limiter.limits.with_margin(self._estimate().margin)

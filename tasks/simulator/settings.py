@@ -1,13 +1,13 @@
 """How the simulated API behaves, whatever is asked of it."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from tasks.catalog import FREE_TRIAL, ModelFacts, Tier, catalog
 from tasks.errors import SettingsError
+from tasks.params import lay_over
 
 _NEW_MODEL = "voyage-4"
 """Whose facts a model has that only the settings name."""
@@ -173,15 +173,9 @@ def read_settings(port: int, pairs: Sequence[str]) -> Settings:
     Raises:
         SettingsError: A pair is none, or names no setting, or a wrong value.
     """
-    values: dict[str, JsonValue] = {"port": port}
+    values: dict[str, Any] = {"port": port}
     for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.strip():
-            raise SettingsError(f"{pair!r} is no setting; write it as key=value, say tier=free.")
-        try:
-            values[name.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise SettingsError(f"The value of {name.strip()!r} is not valid YAML.") from None
+        lay_over(values, pair)
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
