@@ -21,6 +21,9 @@ a key or a whole text.
 
 from typing import Any, ClassVar
 
+UNFORESEEN = "Something unforeseen happened"
+"""How a failure begins that none of these names."""
+
 
 class EmbedOnceError(Exception):
     """Root of all errors meant for people.
