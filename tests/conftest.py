@@ -276,8 +276,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prefect_api() -> Iterator[str]:
     """The address of a Prefect server with an empty database, shared by all tests of a session."""
-    from prefect.settings import PREFECT_API_URL  # noqa: PLC0415 - most tests need no Prefect
+    from prefect.settings import (  # noqa: PLC0415 - most tests need no Prefect
+        PREFECT_API_URL,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        temporary_settings,
+    )
     from prefect.testing.utilities import prefect_test_harness  # noqa: PLC0415
 
-    with prefect_test_harness(server_startup_timeout=120):
+    # A run waits for the thread of its heartbeats to wake up, up to a second.
+    quick = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+    with prefect_test_harness(server_startup_timeout=120), quick:
         yield str(PREFECT_API_URL.value())
