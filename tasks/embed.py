@@ -72,7 +72,8 @@ def embed_batch(batch: Batch, terms: Terms, attempt: int) -> Embedded:
         BatchRefused: A text is refused, and `terms.on_error` is "fail_fast".
         ProviderDenied: No call can work.
     """
-    return _Embedding(batch, terms, attempt).run()
+    with sender_of(terms).at_work():
+        return _Embedding(batch, terms, attempt).run()
 
 
 def retry_when_busy(_task: Any, _task_run: Any, state: Any) -> bool:
