@@ -6,7 +6,7 @@ is published to the end.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from typing import TypeVar
 
@@ -21,6 +21,10 @@ T = TypeVar("T")
 
 CANCELS = (KeyboardInterrupt, TerminationSignal)
 """What a cancel raises; Prefect turns SIGTERM into the second."""
+
+ENDS = (*CANCELS, SystemExit)
+"""What ends a run from outside: Prefect's log raises the last when the worker that reads it
+is gone."""
 
 ANSWERS_S = 20.0
 """So long answers in flight are waited for. Prefect kills a cancelled run after 30 s; the
@@ -41,6 +45,13 @@ def settle(sender: Sender) -> None:
     sender.rest(GIVEN_UP_S)
 
 
+def told(end: BaseException) -> tuple[str, str]:
+    """State and error of a run that was ended so."""
+    if isinstance(end, SystemExit):
+        return "died", "The worker that started the run is gone."
+    return "cancelled", ""
+
+
 def by_hand() -> bool:
     """Whether nobody but the run itself tells Prefect that it was cancelled.
 
@@ -59,15 +70,16 @@ class Whole:
         """What `work` returns; it runs in a thread of its own, which no signal interrupts."""
         begun = list[Future[T]]()
         with ThreadPoolExecutor(1) as thread:
-            while True:
+            while not (begun and begun[0].done()):
                 try:
                     if not begun:
                         begun.append(thread.submit(copy_context().run, work))
-                    return begun[0].result()
+                    wait(begun)
                 except CANCELS as cancel:
                     if not begun:
                         raise
                     self._cancel = cancel
+        return begun[0].result()
 
     def end(self) -> None:
         """Raise the cancel that came meanwhile, if one did."""

@@ -21,7 +21,7 @@ from prefect.runtime import flow_run, task_run
 from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.cancelling import CANCELS, Whole, by_hand, settle
+from flows.cancelling import CANCELS, ENDS, Whole, by_hand, settle, told
 from tasks.artifacts import ProgressArtifact, publish_report
 from tasks.embed import Embedded, embed_batch, retry_when_busy
 from tasks.errors import EmbedOnceError, RunStopped, SettingsError
@@ -164,13 +164,13 @@ def _run(config: str, overrides: Overrides) -> RunReport:
             failed = ended_report(about, folder.calls(), "failed", str(error), clock.total())
             _close(failed, folder)
             raise
-        except CANCELS:
-            cancelled = ended_report(about, folder.calls(), "cancelled", "", clock.total())
-            _close(cancelled, folder)
+        except ENDS as end:
+            _close(ended_report(about, folder.calls(), *told(end), clock.total()), folder)
             raise
         finally:
             forget_sender(folder)
-    whole.end()
+    if not by_hand():  # else the cancel came too late: all is done and told
+        whole.end()
     return report
 
 
@@ -284,7 +284,7 @@ def _embed_all(found: Survey, folder: RunFolder) -> tuple[Filled, list[Refused],
                 if collected.failed:
                     break
             collected.take(down_to=0)
-        except CANCELS:
+        except ENDS:
             settle(sender)
             fold(folder, found.cache)
             raise
