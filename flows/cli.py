@@ -1,5 +1,6 @@
 """The `embed-once` command: the same flows and functions, for a terminal or a pipe."""
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -9,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from flows.terminal import bar_on, prefect_log
+from flows.temporary_server import have_server
+from flows.terminal import CANCELLED, SIGNALS_HERE, bar_on, prefect_log
 from tasks.errors import UNFORESEEN, EmbedOnceError, SettingsError
 
 INCOMPLETE = 3
@@ -67,6 +69,7 @@ def reindex(  # noqa: PLR0917 - an argument an option
     loaded = load_config(config, settings)
     require_runnable(loaded, overrides)  # a mistake is told before Prefect is started
     with prefect_log(local_folder(loaded.state.uri, "logs"), "reindex") as console, bar_on(console):
+        have_server()
         from flows.reindex import run  # noqa: PLC0415
 
         done = run(config, overrides)
@@ -185,6 +188,7 @@ def smoke() -> None:
     """Prove add, change, move, delete and a free rerun on a small built-in corpus."""
     logs = Path(tempfile.gettempdir()) / "embed-once-logs"
     with prefect_log(logs, "smoke") as console, bar_on(console):
+        have_server()
         from flows.smoke import smoke as flow  # noqa: PLC0415
 
         checks = flow()
@@ -197,7 +201,15 @@ def main() -> None:
     """Run the command; every error ends in plain words on stderr and its exit code."""
     os.environ.setdefault("LANCE_LOG", "error")  # its Rust core warns of things users cannot change
     try:
-        app()
+        with SIGNALS_HERE.heeded():
+            app()
+    except SystemExit as ended:
+        if ended.code == CANCELLED:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(
+                    "embed-once: cancelled; what was paid for is kept, run again.", file=sys.stderr
+                )
+        raise
     except EmbedOnceError as error:
         print(f"embed-once: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

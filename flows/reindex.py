@@ -8,18 +8,20 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from prefect import Task, flow, get_run_logger, task, unmapped
+from prefect import flow, get_run_logger, task, unmapped
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import CancelledRun
 from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import flow_run, task_run
-from prefect.states import Completed
+from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
-from prefect.tasks import exponential_backoff
 
+from flows.cancelling import CANCELS, ENDS, Whole, by_hand, settle, told
 from tasks.artifacts import ProgressArtifact, publish_report
 from tasks.embed import Embedded, embed_batch, retry_when_busy
 from tasks.errors import EmbedOnceError, RunStopped, SettingsError, StorageFailed
@@ -62,19 +64,18 @@ WAVE = 2
 @task(
     name="embed batch",
     task_run_name="embed batch {batch.number}",
-    retries=7,  # 1 + 2 + 4 + … + 64 s: two minutes; what lasts longer ends the run
-    retry_delay_seconds=exponential_backoff(backoff_factor=1),
-    retry_jitter_factor=0.5,
+    retries=7,  # what lasts longer than their delays, two minutes, ends the run
     retry_condition_fn=retry_when_busy,
     cache_policy=NO_CACHE,
     persist_result=False,
 )
 def embed(batch: Batch, terms: Terms) -> Embedded:
     """Embed one batch; see `embed_batch`. A retry sends what is still missing."""
-    return embed_batch(batch, terms, attempt=int(task_run.run_count))
+    attempt = int(task_run.run_count)
+    # Prefect sleeps through a delay, and the end of the run would have to wait for it.
+    sender_of(terms).pause_before(attempt)
+    return embed_batch(batch, terms, attempt)
 
-
-EmbedTask = Task[[Batch, Terms], Embedded]
 
 THREADS: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=1024)
 """A task that waits for its retry keeps its thread, so there are far more threads than calls
@@ -97,29 +98,12 @@ def reindex(config: str, overrides: Overrides = Overrides()) -> Any:
     Returns:
         What the run did, a `RunReport`; also an artifact of the run.
     """
-    settings = configured(config, overrides)
-    require_runnable(settings, overrides)
-    folder = RunFolder(settings.state.uri, str(flow_run.id))
-    clock = Clock(datetime.now(tz=UTC))
-    about = about_run(settings, folder.run_id, clock)
-    with ExitStack() as stack:
-        stack.enter_context(_waits_logged())
-        stack.enter_context(held(settings.index, folder.run_id))
-        recovered = recover(settings.state.uri, record_death)
-        adopt(settings.index)
-        stack.enter_context(folder.alive(about))
-        try:
-            report = _reindex(
-                settings, overrides, folder, recovered=recovered, clock=clock, about=about
-            )
-        except EmbedOnceError as error:
-            with suppress(StorageFailed):  # then the next run tells of it
-                failed = ended_report(about, folder.calls(), "failed", str(error), clock.total())
-                _close(failed, folder)
+    try:
+        report = _run(config, overrides)
+    except CANCELS:
+        if not by_hand():
             raise
-        finally:
-            forget_sender(folder)
-        _close(report, folder)
+        return Cancelled(message="What was paid for is kept.")
     if report.state in LEFT_OUT_STATES:
         return Completed(name=report.state.title(), message=headline(report), data=report)
     return report
@@ -130,8 +114,12 @@ def run(config: str, overrides: Overrides = Overrides()) -> RunReport:
 
     Raises:
         EmbedOnceError: The run failed; the message says why and what to do.
+        KeyboardInterrupt: It was cancelled, by Ctrl-C or SIGTERM.
     """
-    return cast("RunReport", reindex(config, overrides))
+    try:
+        return cast("RunReport", reindex(config, overrides))
+    except CancelledRun:
+        raise KeyboardInterrupt from None
 
 
 def run_frame(config: str, frame: "pd.DataFrame", overrides: Overrides = Overrides()) -> RunReport:
@@ -155,16 +143,46 @@ def run_frame(config: str, frame: "pd.DataFrame", overrides: Overrides = Overrid
         return run(config, overrides.model_copy(update={"settings": [*overrides.settings, path]}))
 
 
-def _reindex(
-    settings: Config,
-    overrides: Overrides,
-    folder: RunFolder,
-    *,
-    recovered: Recovered,
-    clock: Clock,
-    about: About,
-) -> RunReport:
-    """The path of the data."""
+def _run(config: str, overrides: Overrides) -> RunReport:
+    """One run, entered in the ledger however it ends."""
+    settings = configured(config, overrides)
+    require_runnable(settings, overrides)
+    folder = RunFolder(settings.state.uri, str(flow_run.id))
+    clock = Clock(datetime.now(tz=UTC))
+    about = about_run(settings, folder.run_id, clock)
+    whole = Whole()
+    with ExitStack() as stack:
+        stack.enter_context(_waits_logged())
+        stack.enter_context(held(settings.index, folder.run_id))
+        recovered = recover(settings.state.uri, record_death)
+        adopt(settings.index)
+        stack.enter_context(folder.alive(about))
+        try:
+            ready = _embedded(settings, overrides, folder, clock)
+            report = whole.run(lambda: _published(ready, folder, recovered, about, clock))
+        except (EmbedOnceError, *ENDS) as end:
+            with suppress(StorageFailed):  # then the next run tells of it
+                _close(ended_report(about, folder.calls(), *told(end), clock.total()), folder)
+            raise
+        finally:
+            forget_sender(folder)
+    if not by_hand():  # else the cancel came too late: all is done and told
+        whole.end()
+    return report
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """All that a run needs to publish: no text is missing any more."""
+
+    found: Survey
+    filled: Filled
+    reasons: dict[bytes, str]
+    sent: LimiterStatistics
+
+
+def _embedded(settings: Config, overrides: Overrides, folder: RunFolder, clock: Clock) -> _Ready:
+    """The path of the data, up to the point from which on it is published."""
     tell(Progress("reading"))
     found = survey(settings, overrides, folder.staging)
     require_safe(found, overrides)
@@ -173,28 +191,38 @@ def _reindex(
         filled, refused, sent = _embed_all(found, folder)
         reasons = settle_quarantine(found, overrides, refused, folder.run_id)
     require_few_leave(found, filled)
+    return _Ready(found, filled, reasons, sent)
+
+
+def _published(
+    ready: _Ready, folder: RunFolder, recovered: Recovered, about: About, clock: Clock
+) -> RunReport:
+    """Publish, and tell."""
     tell(Progress("publishing"))
+    found, filled = ready.found, ready.filled
     with clock.stage("publish"):
         published = publish(
             rows=filled.rows,
             deletions=filled.deletions,
             updates=filled.updates,
-            index=settings.index,
+            index=found.config.index,
             identity=found.identity,
             cache=found.cache,
             run_id=folder.run_id,
         )
-    return finished_report(
+    report = finished_report(
         survey=found,
         filled=filled,
         published=published,
         recovered=recovered,
         calls=folder.calls(),
-        sent=sent,
-        reasons=reasons,
+        sent=ready.sent,
+        reasons=ready.reasons,
         about=about,
         clock=clock,
     )
+    _close(report, folder)
+    return report
 
 
 def _take_up_known(found: Survey) -> None:
@@ -205,15 +233,12 @@ def _take_up_known(found: Survey) -> None:
     found.cache.remember(answer.table for answer in others)
 
 
-def _embed_all(
-    found: Survey, folder: RunFolder, embed: EmbedTask = embed
-) -> tuple[Filled, list[Refused], LimiterStatistics]:
+def _embed_all(found: Survey, folder: RunFolder) -> tuple[Filled, list[Refused], LimiterStatistics]:
     """Embed what nobody has paid for; the next batches fill while these are in flight.
 
     Args:
         found: What is known before anything is sent.
         folder: The run's folder, with its journal.
-        embed: The task to map, if not with its usual retries.
 
     Returns:
         What publish needs, the texts that were refused, and what the limiter did.
@@ -258,7 +283,11 @@ def _embed_all(
                     if collected.failed:
                         break
             collected.take(down_to=0)
-        except BaseException:  # Ctrl-C above all: what waits is not sent any more
+        except ENDS:
+            settle(sender)
+            fold(folder, found.cache)
+            raise
+        except BaseException:  # what waits is not sent any more
             sender.stop(RunStopped("The run was ended."))
             raise
     collected.finish()

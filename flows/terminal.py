@@ -1,21 +1,66 @@
-"""The terminal: where Prefect's words go, and the bar that moves while a run goes on."""
+"""The terminal: its signals, where Prefect's words go, the bar that moves while a run goes on."""
 
 import contextlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
-
-import typer
 
 from tasks.errors import UNFORESEEN, EmbedOnceError, StorageFailed
 
 CANCELLED = 130
 LOGS_KEPT = 20
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, what `kill` sends, and what comes when the terminal closes."""
+SHOW_CURSOR = "\x1b[?25h"
+
+
+class Signals:
+    """Any of SIGNALS cancels; a second one ends the process at once.
+
+    That is as safe as a kill: what was paid for is in the journal, a commit is done or not
+    there. A signal that was ignored from the start, say by `nohup`, stays ignored.
+
+    Attributes:
+        console: A descriptor of the real stderr.
+    """
+
+    def __init__(self) -> None:
+        self.console = 2
+        self._cancelled = False
+
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Heed them until the block ends."""
+        before = {each: signal.getsignal(each) for each in SIGNALS}
+        heeded = [each for each, handler in before.items() if handler is not signal.SIG_IGN]
+        for each in heeded:
+            signal.signal(each, self._heed)
+        try:
+            yield
+        finally:
+            for each in heeded:
+                signal.signal(each, before[each])
+
+    def _heed(self, _number: int, _frame: FrameType | None) -> None:
+        if not self._cancelled:
+            self._cancelled = True
+            raise KeyboardInterrupt
+        cursor = SHOW_CURSOR if os.isatty(self.console) else ""
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(self.console, f"{cursor}embed-once: {ENDED_AT_ONCE}\n".encode())
+        os._exit(CANCELLED)
+
+
+ENDED_AT_ONCE = "ended at once; what was paid for is kept, run again."
+SIGNALS_HERE = Signals()
+"""Those of this process."""
 
 
 @contextlib.contextmanager
@@ -29,7 +74,6 @@ def prefect_log(folder: Path, name: str) -> Iterator[int]:
         A descriptor of the real stderr.
     """
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -43,13 +87,12 @@ def prefect_log(folder: Path, name: str) -> Iterator[int]:
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    problem, cancelled = "", False
+    problem = ""
     try:
+        SIGNALS_HERE.console = real_err
         yield real_err
     except EmbedOnceError:
         raise
-    except KeyboardInterrupt:
-        cancelled = True
     except Exception as error:  # noqa: BLE001 - the last line of defence: nothing ends unexplained
         traceback.print_exc()
         problem = f"{type(error).__name__}: {error}"
@@ -60,9 +103,6 @@ def prefect_log(folder: Path, name: str) -> Iterator[int]:
         sys.stderr.flush()
         os.dup2(real_out, 1)
         os.dup2(real_err, 2)
-    if cancelled:
-        print("embed-once: cancelled; what was paid for is kept, run again.", file=sys.stderr)
-        raise typer.Exit(CANCELLED)
     if problem:
         raise EmbedOnceError(f"{UNFORESEEN} ({problem}). Details: {log}")
 

@@ -74,11 +74,13 @@ def embed_batch(batch: Batch, terms: Terms, attempt: int) -> Embedded:
         ProviderDenied: No call can work.
         StorageFailed: The journal takes no answer; nothing more is sent.
     """
-    try:
-        return _Embedding(batch, terms, attempt).run()
-    except StorageFailed as error:  # what is sent from now on could not be kept either
-        sender_of(terms).stop(RunStopped(str(error)))
-        raise
+    sender = sender_of(terms)
+    with sender.at_work():
+        try:
+            return _Embedding(batch, terms, attempt).run()
+        except StorageFailed as error:  # what is sent from now on could not be kept either
+            sender.stop(RunStopped(str(error)))
+            raise
 
 
 def retry_when_busy(_task: Any, _task_run: Any, state: Any) -> bool:

@@ -10,7 +10,7 @@ class Progress:
     """Where a run is.
 
     Attributes:
-        stage: "reading", "embedding", "waiting" or "publishing".
+        stage: "reading", "embedding", "waiting", "cancelling" or "publishing".
         done: Texts embedded so far.
         total: Texts to embed; 0 outside of embedding.
         note: What is waited for.

@@ -160,7 +160,7 @@ class RunReport(Part):
         generation: The newest one after the run; 0 where there is none.
         published: "none" where nothing changed, else how it was committed.
         state: "completed", "unchanged", "quarantined" (the provider refuses some texts),
-            "incomplete" (something could not be read), "failed" or
+            "incomplete" (something could not be read), "failed", "cancelled" or
             "died" (killed; told by the run that takes up after it).
         started_at: ISO 8601, UTC.
         waited_seconds: Time in which the next call waited for its turn, by what it waited for.

@@ -190,7 +190,7 @@ def finished_report(
 def ended_report(
     about: About, calls: Sequence[Call], state: str, error: str, seconds: float = 0.0
 ) -> RunReport:
-    """The report of a run that failed or died; what it paid for is in it and in the cache."""
+    """The report of a run that failed, died or was cancelled; what it paid for is kept."""
     tokens = _tokens(calls)
     embedded = embedded_texts(calls)
     return RunReport(

@@ -1,7 +1,9 @@
 """Sender: what all batches of a run share in one process: its limits, and what it has learned."""
 
+import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +21,9 @@ from tasks.tokens import Calibration, Estimate, load, save
 
 PROOF_AFTER = 8
 """So many texts refused in a row: see whether the provider takes any text at all."""
+
+RETRY_S = 1.0
+"""Before the first retry of a batch, in seconds; each further one waits twice as long."""
 
 OnError = Literal["quarantine", "fail_fast", "collect"]
 
@@ -67,6 +72,9 @@ class Sender:
         self.refusals = 0
         self.proven = False
         self.turn = threading.Lock()
+        self._stopped = threading.Event()
+        self._at_work = 0
+        self._rests = threading.Condition()
         self.limiter = Limiter(
             provider.limits,
             max_wait_s=terms.max_wait_s,
@@ -131,6 +139,34 @@ class Sender:
     def stop(self, error: EmbedOnceError) -> None:
         """Let nothing more be sent: what waits, and what comes later, ends with `error`."""
         self.limiter.stop(error)
+        self._stopped.set()
+
+    def pause_before(self, attempt: int) -> None:
+        """Wait before a retry: 1, 2, 4, … s, give or take a half, or until all is stopped."""
+        if attempt > 1:
+            spread = random.uniform(0.5, 1.5)  # noqa: S311
+            self._stopped.wait(RETRY_S * 2 ** (attempt - 2) * spread)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Count a batch as at work: its calls may be in flight, its answers not yet durable."""
+        with self._rests:
+            self._at_work += 1
+        try:
+            yield
+        finally:
+            with self._rests:
+                self._at_work -= 1
+                self._rests.notify_all()
+
+    def rest(self, within_s: float) -> bool:
+        """Wait until no batch is at work; False where that took more than so many seconds."""
+        with self._rests:
+            return self._rests.wait_for(lambda: not self._at_work, within_s)
+
+    def give_up(self) -> None:
+        """Wait no longer for answers that are in flight."""
+        self._provider.give_up()
 
     def save(self) -> None:
         """Keep what was learned of tokens for the next run."""

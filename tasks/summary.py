@@ -132,6 +132,8 @@ def headline(report: RunReport) -> str:
     """The run in one sentence."""
     if report.state == "failed":
         return f"{report.name}: failed; the index is as it was."
+    if report.state == "cancelled":
+        return f"{report.name}: cancelled; the index is as it was, what was paid for is kept."
     left_out = ""
     if report.chunks.quarantined:
         left_out += f" {report.chunks.quarantined:,} chunks are left out: their text is refused."

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import main
+from tasks.history import history
 from tasks.index import held
 from tasks.params import load_config
 from tasks.simulator import Latency, Settings, Simulator
@@ -297,11 +298,22 @@ def test_ctrl_c_sends_nothing_more_and_keeps_what_comes(
         paid = simulator.ledger.totals()
     patched.delenv("VOYAGE_API_KEY")
     assert process.returncode == 130, said
-    assert "cancelled; what was paid for is kept" in said
+    assert said == "embed-once: cancelled; what was paid for is kept, run again.\n"
     assert time.monotonic() - pressed < 15
     assert paid["calls"] <= sent + 8
-    answers = list((tmp_path / "state" / "runs").glob("*/answers/*.arrow"))
-    assert len(answers) == paid["distinct_texts"]
+    config = load_config(tmp_path / "birds.yaml", VOYAGE[1::2])
+    (run,) = history(config).to_dict("records")
+    assert (run["state"], run["texts.embedded"]) == ("cancelled", paid["distinct_texts"])
+    assert run["tokens.billed"] == paid["billed_tokens"]
+    assert not list((tmp_path / "state" / "runs").iterdir())  # all of it is in the cache
+    assert states_of(run["run_id"])[-1] == "Cancelled"
+
+
+def states_of(run_id: str) -> list[str]:
+    """The states that a flow run went through, as Prefect tells them."""
+    asked = f"{os.environ['PREFECT_API_URL']}/flow_run_states/?flow_run_id={run_id}"
+    with urllib.request.urlopen(asked, timeout=30) as answer:  # noqa: S310
+        return [str(state["name"]) for state in json.load(answer)]
 
 
 def test_an_index_held_by_another_run_is_exit_code_6(home: Path) -> None:

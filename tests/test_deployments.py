@@ -1,7 +1,9 @@
 """The deployments of prefect.yaml, on a real Prefect server, run by a real worker."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,9 +15,14 @@ from typing import Any
 
 import pytest
 
+from tasks.history import history
+from tasks.params import load_config
+from tasks.simulator import Latency, Settings, Simulator
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 POOL = "embed-once"
+TEXTS = 120
 Api = Callable[..., Any]
 
 
@@ -32,6 +39,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "NO_COLOR": "1",
         "COLUMNS": "200",
+        "VOYAGE_API_KEY": "pa-any",
     }
     with (home / "server.log").open("w") as log:
         server = subprocess.Popen(
@@ -51,13 +59,7 @@ def api(environment: dict[str, str], project: Path) -> Iterator[Api]:
     """Calls to the server, once the deployments are there and a worker runs elsewhere."""
     prefect("work-pool", "create", "--type", "process", POOL, cwd=project, env=environment)
     prefect("--no-prompt", "deploy", "--all", cwd=project, env=environment)
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL],
-        cwd="/",
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    worker = started_worker(POOL, environment)
 
     def call(path: str, method: str = "POST", **body: Any) -> Any:
         request = urllib.request.Request(  # noqa: S310
@@ -78,6 +80,16 @@ def api(environment: dict[str, str], project: Path) -> Iterator[Api]:
         except subprocess.TimeoutExpired:  # it ends by Ctrl-C, which a background job ignores
             worker.kill()
             worker.wait()
+
+
+def started_worker(pool: str, env: dict[str, str]) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool],
+        cwd="/",
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def prefect(*arguments: str, cwd: Path, env: dict[str, str]) -> str:
@@ -108,12 +120,23 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
 
 def ended(api: Api, name: str, **parameters: Any) -> dict[str, Any]:
     """The flow run of deployment `name`, once it has ended."""
+    return end_of(api, begun(api, name, **parameters))
+
+
+def begun(api: Api, name: str, **parameters: Any) -> str:
+    """The id of a new flow run of deployment `name`."""
     deployment = api(f"deployments/name/{name}", "GET")
     run = api(f"deployments/{deployment['id']}/create_flow_run", parameters=parameters)
+    return str(run["id"])
+
+
+def end_of(api: Api, run_id: str) -> dict[str, Any]:
+    """The flow run, once it has ended."""
+    ends = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
     def finished() -> Any:
-        found = api(f"flow_runs/{run['id']}", "GET")
-        return found if found["state_type"] in {"COMPLETED", "FAILED", "CRASHED"} else None
+        found = api(f"flow_runs/{run_id}", "GET")
+        return found if found["state_type"] in ends else None
 
     found: dict[str, Any] = wait_for(finished, seconds=180)
     return found
@@ -168,3 +191,127 @@ def test_a_wrong_override_fails_the_run_in_plain_words(api: Api) -> None:
 
 def test_the_smoke_deployment_passes(api: Api) -> None:
     assert ended(api, "smoke/ci")["state_name"] == "Completed"
+
+
+class Birds:
+    """A table of texts, and a provider that answers each of them after a second."""
+
+    def __init__(self, folder: Path, simulator: Simulator) -> None:
+        self.simulator = simulator
+        self.config = folder / "birds.yaml"
+        self.config.write_text(
+            f"""\
+name: birds
+source: {{kind: table, path: birds.jsonl}}
+embedding: {{provider: voyage, model: voyage-4, dimension: 256, base_url: {simulator.base_url}}}
+limits: {{texts_per_request: 1}}
+index: {{uri: ./index, table: birds}}
+state: {{uri: ./state}}
+""",
+            encoding="utf-8",
+        )
+        rows = [{"id": str(number), "text": f"bird number {number}"} for number in range(TEXTS)]
+        (folder / "birds.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def totals(self, name: str) -> int:
+        return int(self.simulator.ledger.totals()[name])
+
+    @property
+    def arrived(self) -> int:
+        """Calls that arrived, answered or not."""
+        return self.simulator.ledger._arrivals  # noqa: SLF001 - the totals are of calls answered
+
+    def runs(self) -> list[Any]:
+        """The runs by the ledger, oldest first."""
+        return history(load_config(self.config)).to_dict("records")
+
+    def flow_process(self) -> int:
+        """The process of the flow run that holds the index."""
+        holder = json.loads((self.config.parent / "index" / "birds.holder.json").read_text())
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has just ended
+                environ = (folder / "environ").read_bytes()
+                if f"PREFECT__FLOW_RUN_ID={holder['run_id']}".encode() in environ:
+                    return int(folder.name)
+        raise LookupError(holder)
+
+
+@pytest.fixture
+def birds(tmp_path: Path) -> Iterator[Birds]:
+    with Simulator(Settings(latency=Latency(base_s=1))) as simulator:
+        yield Birds(tmp_path, simulator)
+
+
+def test_a_cancel_in_the_ui_keeps_what_is_paid_for(api: Api, birds: Birds) -> None:
+    run_id = begun(api, "reindex/ad-hoc", config=str(birds.config))
+    wait_for(lambda: birds.totals("ok") >= 12, seconds=180)
+    process = birds.flow_process()
+    api(f"flow_runs/{run_id}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
+    wait_for(birds.runs, seconds=15)
+    sent = birds.arrived
+    wait_for(lambda: not Path(f"/proc/{process}").exists(), seconds=15)
+    run = end_of(api, run_id)
+    assert (run["state_type"], run["state_name"]) == ("CANCELLED", "Cancelled")
+    assert birds.arrived == sent
+    (told,) = birds.runs()
+    assert told["state"] == "cancelled"
+    assert told["texts.embedded"] == birds.totals("ok") == sent < TEXTS
+    assert told["tokens.billed"] == birds.totals("billed_tokens")
+    assert "birds: cancelled; the index is as it was" in artifact(api, "report-birds")
+    birds.simulator.change(latency=Latency())
+    assert ended(api, "reindex/ad-hoc", config=str(birds.config))["state_name"] == "Completed"
+    assert birds.runs()[-1]["texts.embedded"] == TEXTS - told["texts.embedded"]
+    assert birds.totals("texts_billed_again") == 0
+
+
+@pytest.fixture
+def doomed(environment: dict[str, str], project: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A worker to kill, of a pool and a deployment of its own."""
+    prefect(
+        "work-pool", "create", "--type", "process", "--overwrite", "doomed",
+        cwd=project, env=environment,
+    )  # fmt: skip
+    deploy = ["deploy", "flows/reindex.py:reindex", "--name", "doomed", "--pool", "doomed"]
+    prefect("--no-prompt", *deploy, cwd=project, env=environment)
+    worker = started_worker("doomed", environment)
+    yield worker
+    worker.kill()
+    worker.wait()
+
+
+def test_a_run_whose_worker_is_killed_ends_and_says_so(
+    api: Api, birds: Birds, doomed: "subprocess.Popen[bytes]"
+) -> None:
+    run_id = begun(api, "reindex/doomed", config=str(birds.config))
+    wait_for(lambda: birds.totals("ok") >= 6, seconds=180)
+    process = birds.flow_process()
+    doomed.kill()
+    wait_for(lambda: not Path(f"/proc/{process}").exists(), seconds=30)
+    assert birds.arrived < TEXTS
+    assert end_of(api, run_id)["state_type"] in {"CRASHED", "FAILED"}
+    (told,) = birds.runs()
+    assert told["state"] in {"died", "failed"}
+    assert told["texts.embedded"] == birds.totals("ok") == birds.arrived
+    birds.simulator.change(latency=Latency())
+    assert ended(api, "reindex/ad-hoc", config=str(birds.config))["state_name"] == "Completed"
+    assert birds.totals("texts_billed_again") == 0
+
+
+def test_after_worker_and_run_are_killed_the_next_run_takes_up_their_answers(
+    api: Api, birds: Birds, doomed: "subprocess.Popen[bytes]"
+) -> None:
+    run_id = begun(api, "reindex/doomed", config=str(birds.config))
+    wait_for(lambda: birds.totals("ok") >= 6, seconds=180)
+    process = birds.flow_process()
+    doomed.kill()
+    os.kill(process, signal.SIGKILL)
+    wait_for(lambda: birds.totals("calls") == birds.arrived, seconds=10)
+    answers = list((birds.config.parent / "state" / "runs").glob("*/answers/*.arrow"))
+    birds.simulator.change(latency=Latency())
+    # No wait for anything: the lock went with the process.
+    assert ended(api, "reindex/ad-hoc", config=str(birds.config))["state_name"] == "Completed"
+    assert [run["state"] for run in birds.runs()] == ["died", "completed"]
+    assert birds.runs()[-1]["recovered_vectors"] == len(answers) >= 6
+    assert birds.totals("texts_billed_again") <= birds.arrived - TEXTS
+    # Nobody was left to tell Prefect.
+    assert api(f"flow_runs/{run_id}", "GET")["state_name"] == "Running"

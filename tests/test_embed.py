@@ -80,6 +80,9 @@ class ScriptedProvider:
     def prepare(self) -> None:
         """Nothing to load."""
 
+    def give_up(self) -> None:
+        """Nothing to wait for."""
+
     def embed(self, texts: Sequence[str]) -> Answer:
         self.calls.append(list(texts))
         outcome = self.script.pop(0) if self.script else None

@@ -20,7 +20,7 @@ from prefect import flow
 from prefect.settings import PREFECT_API_URL
 
 from flows.plan import plan
-from flows.reindex import _embed_all, embed, reindex, run, run_frame
+from flows.reindex import _embed_all, reindex, run, run_frame
 from flows.smoke import smoke
 from tasks.artifacts import key
 from tasks.cache import Cache
@@ -339,6 +339,9 @@ class Scripted:
     def prepare(self) -> None:
         """Nothing to load."""
 
+    def give_up(self) -> None:
+        """Nothing to wait for."""
+
     def embed(self, texts: Sequence[str]) -> Answer:
         with (self.folder / "asked").open("a") as file:
             file.write("|".join(texts) + "\n")
@@ -374,9 +377,11 @@ def embedded_with(home: Path, provider: Scripted, folder: RunFolder) -> None:
         with folder.alive():
             found = survey(config, Overrides(), folder.staging)
             found = dataclasses.replace(found, provider=provider)
-            _embed_all(found, folder, embed.with_options(retry_delay_seconds=0))
+            _embed_all(found, folder)
 
-    only_embed()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tasks.sender.RETRY_S", 0.0)
+        only_embed()
 
 
 def test_a_busy_provider_is_asked_again_and_every_call_is_noted(home: Path) -> None:

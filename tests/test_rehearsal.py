@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flows.reindex import embed, reindex, run
+from flows.reindex import reindex, run
 from tasks.errors import EmbedOnceError, SettingsError
 from tasks.index import open_index
 from tasks.ledger import Ledger
@@ -81,8 +81,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries without their delay."""
-    monkeypatch.setattr(embed, "retry_delay_seconds", [0.0] * embed.retries)
-    monkeypatch.setattr(embed, "retry_jitter_factor", None)
+    monkeypatch.setattr("tasks.sender.RETRY_S", 0.0)
 
 
 def words(count: int) -> list[str]:

@@ -121,6 +121,9 @@ class Provider(Protocol):
             ProviderDenied: No call can work.
         """
 
+    def give_up(self) -> None:
+        """End the calls of this process that are in flight, without their answers."""
+
 
 def checked_vectors(answer: Answer, texts: int, provider: Provider) -> Vectors:
     """The vectors of `answer` in the order of the request, each one fit to be stored.

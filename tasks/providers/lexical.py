@@ -127,6 +127,9 @@ class Lexical:
             vectors[start : start + len(part)] = _embedded(part, self.dimension)
         return Answer(vectors, range(len(texts)), sum(map(self.count, texts)))
 
+    def give_up(self) -> None:
+        """Nothing to wait for."""
+
 
 def words(text: str) -> list[str]:
     """The words of `text` as they are written, short and common ones included, in no order.

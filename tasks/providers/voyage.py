@@ -119,6 +119,12 @@ class Voyage:
         source = KEY_VARIABLE if self.api_key_block is None else f"block {self.api_key_block!r}"
         raise failure(outcome, Asked(self.model, texts, key, source))
 
+    def give_up(self) -> None:
+        """End the calls in flight; what they would have brought may be billed all the same."""
+        from tasks.providers.voyage_transport import give_up  # noqa: PLC0415
+
+        give_up()
+
     def _key(self) -> SecretStr | None:
         try:
             return read_key(self.api_key_block)

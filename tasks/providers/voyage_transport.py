@@ -37,6 +37,9 @@ LONGEST_BODY = 64 << 20
 
 _PIECE = 1 << 18
 
+_in_flight = set[threading.Event]()
+_in_flight_lock = threading.Lock()
+
 
 class TooLate(Exception):
     """The deadline of a call came before the end of its answer."""
@@ -95,6 +98,7 @@ def exchange(key: SecretStr, base_url: str | None, deadline_s: float, **fields: 
     """
     url = base_url or get_default_base_url(key.get_secret_value())
     host, session, ended = host_of(url), _Session(key, deadline_s), list[Outcome]()
+    over = threading.Event()
 
     def send() -> None:
         _hook.enter(session)
@@ -109,14 +113,25 @@ def exchange(key: SecretStr, base_url: str | None, deadline_s: float, **fields: 
         except Exception as raised:  # noqa: BLE001 - the SDK lets errors of any class through
             error = raised
         ended.append(Outcome(host, session.reply, result, error, session.broken))
+        over.set()
 
     _hook.install()
-    worker = threading.Thread(target=send, name="voyage-call", daemon=True)
-    worker.start()
-    worker.join(deadline_s)  # a call given up ends by itself, at the latest by its timeout
+    with _in_flight_lock:
+        _in_flight.add(over)
+    threading.Thread(target=send, name="voyage-call", daemon=True).start()
+    over.wait(deadline_s)  # a call given up ends by itself, at the latest by its timeout
+    with _in_flight_lock:
+        _in_flight.remove(over)
     if ended:
         return ended[0]
     return Outcome(host, session.reply, broken=TooLate(f"{deadline_s:g} s"))
+
+
+def give_up() -> None:
+    """Let all calls of this process that are in flight end as if their deadline had come."""
+    with _in_flight_lock:
+        for over in _in_flight:
+            over.set()
 
 
 def host_of(url: str) -> str:
