@@ -161,7 +161,7 @@ def _run(config: str, overrides: Overrides) -> RunReport:
             ready = _embedded(settings, overrides, folder, clock)
             report = whole.run(lambda: _published(ready, folder, recovered, about, clock))
         except (EmbedOnceError, *ENDS) as end:
-            with suppress(StorageFailed):  # then the next run tells of it
+            with suppress(EmbedOnceError):  # then the next run tells of it
                 _close(ended_report(about, folder.calls(), *told(end), clock.total()), folder)
             raise
         finally:
