@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Home:
             **{"stderr": subprocess.PIPE, **options},
         )
 
-    def runs(self) -> list[dict[str, Any]]:
+    def runs(self) -> list[dict[Hashable, Any]]:
         """The runs by the ledger, oldest first."""
         return history(load_config(self.config)).to_dict("records")
 
@@ -86,7 +86,7 @@ class Home:
     def billed_again(self) -> int:
         return int(self.simulator.ledger.totals()["texts_billed_again"])
 
-    def goes_on(self) -> dict[str, Any]:
+    def goes_on(self) -> dict[Hashable, Any]:
         """The next run, to its end."""
         self.simulator.change(latency=Latency())
         done = self.start()
