@@ -298,7 +298,7 @@ def test_who_waits_for_a_limit_or_a_retry_ends_at_once(home: Home) -> None:
 
 @pytest.mark.slow
 def test_what_is_being_published_is_published(home: Home) -> None:
-    home.write(150_000)
+    home.write(60_000)
     lexical = ("embedding={provider: lexical, dimension: 256}", "limits.texts_per_request=1000")
     process = home.start(*lexical, stderr=subprocess.PIPE)
     wait_for((home.folder / "index" / "birds.committing").exists, 250)
@@ -307,7 +307,7 @@ def test_what_is_being_published_is_published(home: Home) -> None:
     assert process.returncode == 0, said
     table = open_index(load_config(home.config).index)
     assert table is not None
-    assert (table.count_rows(), len(generations(table))) == (150_000, 1)
+    assert (table.count_rows(), len(generations(table))) == (60_000, 1)
     assert [run["state"] for run in home.runs()] == ["completed"]
     assert not (home.folder / "index" / "birds.committing").exists()
 
