@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Home:
             **{"stderr": subprocess.PIPE, **options},
         )
 
-    def runs(self) -> list[Any]:
+    def runs(self) -> list[dict[Hashable, Any]]:
         """The runs by the ledger, oldest first."""
         return history(load_config(self.config)).to_dict("records")
 
@@ -88,7 +88,7 @@ class Home:
     def billed_again(self) -> int:
         return int(self.simulator.ledger.totals()["texts_billed_again"])
 
-    def goes_on(self) -> Any:
+    def goes_on(self) -> dict[Hashable, Any]:
         """The next run, to its end."""
         self.simulator.change(latency=Latency())
         done = self.start()
@@ -302,7 +302,7 @@ def test_who_waits_for_a_limit_or_a_retry_ends_at_once(home: Home) -> None:
 
 @pytest.mark.slow
 def test_what_is_being_published_is_published(home: Home) -> None:
-    home.write(150_000)
+    home.write(60_000)
     lexical = ("embedding={provider: lexical, dimension: 256}", "limits.texts_per_request=1000")
     process = home.start(*lexical, stderr=subprocess.PIPE)
     wait_for((home.folder / "index" / "birds.committing").exists, 250)
@@ -311,7 +311,7 @@ def test_what_is_being_published_is_published(home: Home) -> None:
     assert process.returncode == 0, said
     table = open_index(load_config(home.config).index)
     assert table is not None
-    assert (table.count_rows(), len(generations(table))) == (150_000, 1)
+    assert (table.count_rows(), len(generations(table))) == (60_000, 1)
     assert [run["state"] for run in home.runs()] == ["completed"]
     assert not (home.folder / "index" / "birds.committing").exists()
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,7 @@ state: {{uri: ./state}}
         """Calls that arrived, answered or not."""
         return self.simulator.ledger._arrivals  # noqa: SLF001 - the totals are of calls answered
 
-    def runs(self) -> list[Any]:
+    def runs(self) -> list[dict[Hashable, Any]]:
         """The runs by the ledger, oldest first."""
         return history(load_config(self.config)).to_dict("records")
 
