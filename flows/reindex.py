@@ -21,6 +21,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
 from tasks.artifacts import ProgressArtifact, publish_report
+from tasks.claims import Shared, take_up
 from tasks.embed import Embedded, embed_batch, retry_when_busy
 from tasks.errors import EmbedOnceError, RunStopped, SettingsError
 from tasks.fill import Filled, Filling
@@ -169,7 +170,7 @@ def _reindex(
     require_safe(found, overrides)
     with clock.stage("embed"):
         _take_up_known(found)
-        filled, refused, sent = _embed_all(found, folder)
+        filled, refused, shared, sent = _embed_all(found, folder)
         reasons = settle_quarantine(found, overrides, refused, folder.run_id)
     require_few_leave(found, filled)
     tell(Progress("publishing"))
@@ -189,6 +190,7 @@ def _reindex(
         published=published,
         recovered=recovered,
         calls=folder.calls(),
+        shared=shared,
         sent=sent,
         reasons=reasons,
         about=about,
@@ -206,7 +208,7 @@ def _take_up_known(found: Survey) -> None:
 
 def _embed_all(
     found: Survey, folder: RunFolder, embed: EmbedTask = embed
-) -> tuple[Filled, list[Refused], LimiterStatistics]:
+) -> tuple[Filled, list[Refused], Shared, LimiterStatistics]:
     """Embed what nobody has paid for; the next batches fill while these are in flight.
 
     Args:
@@ -215,7 +217,8 @@ def _embed_all(
         embed: The task to map, if not with its usual retries.
 
     Returns:
-        What publish needs, the texts that were refused, and what the limiter did.
+        What publish needs, the texts that were refused, what other runs paid for meanwhile,
+        and what the limiter did.
 
     Raises:
         EmbedOnceError: A batch failed for good. All answers that came are in the cache.
@@ -229,7 +232,7 @@ def _embed_all(
         max_wait_s=config.limits.max_wait,
         shared=config.limits.shared,
     )
-    sender = sender_of(terms)
+    sender = sender_of(terms, found.cache)
     filling = Filling(
         reader=found.reader,
         changes=found.compared.changes,
@@ -260,7 +263,7 @@ def _embed_all(
             raise
     collected.finish()
     filled = filling.finish(found.refused(collected.refused))
-    return filled, collected.refused, sender.limiter.statistics()
+    return filled, collected.refused, collected.shared, sender.limiter.statistics()
 
 
 class _Collected:
@@ -273,6 +276,7 @@ class _Collected:
         self._unfolded: list[Path] = []
         self._waiting = 0
         self._done = 0
+        self.shared = Shared()
         self.flying: list[PrefectFuture[Embedded]] = []
         self.refused: list[Refused] = []
         self.failed: list[Exception] = []
@@ -295,8 +299,9 @@ class _Collected:
     def _keep(self, outcome: Embedded) -> None:
         self._unfolded += outcome.answers
         self.refused += outcome.refused
+        self.shared.add(outcome.found, outcome.found_tokens)
         self._waiting += outcome.texts
-        self._done += outcome.texts + len(outcome.refused)
+        self._done += outcome.texts + len(outcome.refused) + len(outcome.found)
         tell(Progress("embedding", self._done, self._found.packed.texts))
         if self._waiting >= FOLD_TEXTS:
             self._fold()
@@ -305,6 +310,7 @@ class _Collected:
         """Fold the rest, of batches that failed too, then say what failed."""
         fold(self._folder, self._found.cache)
         if not self.failed:
+            take_up(self._found.cache, self._folder.state_uri, self.shared.hashes)
             return
         first, done = self.failed[0], embedded_texts(self._folder.calls())
         raise EmbedOnceError(
