@@ -54,6 +54,7 @@ def reindex(  # noqa: PLR0917 - an argument an option
     """Bring the index in step with the corpus: plan, embed, publish, report."""
     from tasks.params import Overrides, load_config  # noqa: PLC0415
     from tasks.plan import require_runnable  # noqa: PLC0415
+    from tasks.storage import local_folder  # noqa: PLC0415
     from tasks.summary import as_text, headline, report_rows  # noqa: PLC0415
 
     _require_file(report)
@@ -65,7 +66,7 @@ def reindex(  # noqa: PLR0917 - an argument an option
     )
     loaded = load_config(config, settings)
     require_runnable(loaded, overrides)  # a mistake is told before Prefect is started
-    with prefect_log(Path(loaded.state.uri) / "logs", "reindex") as console, bar_on(console):
+    with prefect_log(local_folder(loaded.state.uri, "logs"), "reindex") as console, bar_on(console):
         from flows.reindex import run  # noqa: PLC0415
 
         done = run(config, overrides)

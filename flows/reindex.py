@@ -7,7 +7,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +23,7 @@ from prefect.tasks import exponential_backoff
 from tasks.artifacts import ProgressArtifact, publish_report
 from tasks.claims import Shared, take_up
 from tasks.embed import Embedded, embed_batch, retry_when_busy
-from tasks.errors import EmbedOnceError, RunStopped, SettingsError
+from tasks.errors import EmbedOnceError, RunStopped, SettingsError, StorageFailed
 from tasks.fill import Filled, Filling
 from tasks.index import adopt, held, vectors_of
 from tasks.journal import About, Refused, RunFolder, fold, unfolded_answers
@@ -104,18 +104,19 @@ def reindex(config: str, overrides: Overrides = Overrides()) -> Any:
     clock = Clock(datetime.now(tz=UTC))
     about = about_run(settings, folder.run_id, clock)
     with ExitStack() as stack:
+        stack.enter_context(_waits_logged())
         stack.enter_context(held(settings.index, folder.run_id))
         recovered = recover(settings.state.uri, record_death)
         adopt(settings.index)
         stack.enter_context(folder.alive(about))
-        stack.enter_context(_waits_logged())
         try:
             report = _reindex(
                 settings, overrides, folder, recovered=recovered, clock=clock, about=about
             )
         except EmbedOnceError as error:
-            failed = ended_report(about, folder.calls(), "failed", str(error), clock.total())
-            _close(failed, folder)
+            with suppress(StorageFailed):  # then the next run tells of it
+                failed = ended_report(about, folder.calls(), "failed", str(error), clock.total())
+                _close(failed, folder)
             raise
         finally:
             forget_sender(folder)
@@ -247,16 +248,18 @@ def _embed_all(
     with ExitStack() as stack:
         if progress is not None:
             stack.enter_context(listening(progress))
+        stack.enter_context(collected.ending_the_run())
         stack.callback(sender.save)
         try:
             batches, first = filling.batches(), True
-            while wave := list(itertools.islice(batches, 1 if first else sender.ahead(size))):
-                collected.flying += embed.map(wave, unmapped(terms))
-                # The first answer tells how large the next batches may be.
-                collected.take(down_to=0 if first else sender.ahead(size))
-                first = False
-                if collected.failed:
-                    break
+            with collected.ending_the_run():
+                while wave := list(itertools.islice(batches, 1 if first else sender.ahead(size))):
+                    collected.flying += embed.map(wave, unmapped(terms))
+                    # The first answer tells how large the next batches may be.
+                    collected.take(down_to=0 if first else sender.ahead(size))
+                    first = False
+                    if collected.failed:
+                        break
             collected.take(down_to=0)
         except BaseException:  # Ctrl-C above all: what waits is not sent any more
             sender.stop(RunStopped("The run was ended."))
@@ -273,7 +276,7 @@ class _Collected:
         self._folder = folder
         self._found = found
         self._sender = sender
-        self._unfolded: list[Path] = []
+        self._unfolded: list[str] = []
         self._waiting = 0
         self._done = 0
         self.shared = Shared()
@@ -291,8 +294,7 @@ class _Collected:
             if isinstance(outcome, Embedded):
                 self._keep(outcome)
             elif not isinstance(outcome, RunStopped):
-                self.failed.append(outcome)
-                self._sender.stop(RunStopped("Another batch has ended the run."))
+                self._fail(outcome)
             if len(self.flying) <= down_to:
                 return
 
@@ -303,25 +305,40 @@ class _Collected:
         self._waiting += outcome.texts
         self._done += outcome.texts + len(outcome.refused) + len(outcome.found)
         tell(Progress("embedding", self._done, self._found.packed.texts))
-        if self._waiting >= FOLD_TEXTS:
-            self._fold()
+        if self._waiting >= FOLD_TEXTS and not self.failed:
+            with self.ending_the_run():
+                fold(self._folder, self._found.cache, self._unfolded)
+            self._unfolded, self._waiting = [], 0
+
+    @contextmanager
+    def ending_the_run(self) -> Iterator[None]:
+        """Send nothing more where the block fails, but go on: what is in flight is paid for."""
+        try:
+            yield
+        except EmbedOnceError as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.failed.append(error)
+        self._sender.stop(RunStopped("Another batch has ended the run."))
 
     def finish(self) -> None:
         """Fold the rest, of batches that failed too, then say what failed."""
-        fold(self._folder, self._found.cache)
+        with self.ending_the_run():
+            fold(self._folder, self._found.cache)
         if not self.failed:
             take_up(self._found.cache, self._folder.state_uri, self.shared.hashes)
             return
-        first, done = self.failed[0], embedded_texts(self._folder.calls())
+        first, kept = self.failed[0], "what was paid for is kept"
+        with suppress(StorageFailed):
+            done = embedded_texts(self._folder.calls())
+            kept = f"{done:,} texts of {self._found.packed.texts:,} are paid for and kept"
+        if lost := sum(getattr(error, "facts", {}).get("lost", 0) for error in self.failed):
+            kept += f"; {lost:,} more were paid for and are lost"
         raise EmbedOnceError(
             f"{self._found.config.name}: not all texts could be embedded: {first} The index is as "
-            f"it was; {done:,} texts of {self._found.packed.texts:,} are paid for and kept. "
-            "Run again: only the rest is embedded."
+            f"it was; {kept}. Run again: only the rest is embedded."
         ) from first
-
-    def _fold(self) -> None:
-        fold(self._folder, self._found.cache, self._unfolded)
-        self._unfolded, self._waiting = [], 0
 
 
 @contextmanager

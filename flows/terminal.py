@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from tasks.errors import UNFORESEEN, EmbedOnceError
+from tasks.errors import UNFORESEEN, EmbedOnceError, StorageFailed
 
 CANCELLED = 130
 LOGS_KEPT = 20
@@ -30,7 +30,10 @@ def prefect_log(folder: Path, name: str) -> Iterator[int]:
     """
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageFailed(f"{folder} cannot be made for the logs: {error.strerror}.") from None
     for old in sorted(folder.glob("*.log"))[: -LOGS_KEPT + 1]:
         old.unlink(missing_ok=True)
     log = folder / f"{datetime.now(tz=UTC):%Y%m%dT%H%M%S}-{name}-{os.getpid()}.log"

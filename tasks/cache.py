@@ -14,7 +14,7 @@ from lancedb.table import Table
 
 from tasks.errors import EmbedOnceError
 from tasks.keys import KeySet, first_of_each
-from tasks.lance import PRIMARY_KEY, make_table, open_table, writing
+from tasks.lance import PRIMARY_KEY, make_table, open_table, sync_table, writing
 from tasks.providers import Space
 from tasks.schemas import HASH, vectors_schema
 
@@ -112,13 +112,29 @@ class Cache:
         new = new.filter(pa.array(~self.holds(new.column("text_hash"))))
         if not new.num_rows:
             return 0
-        if self._table is None:
-            self._table = self._create()
-        merge = self._table.merge_insert("text_hash").when_not_matched_insert_all()
-        with writing(f"the cache {self.name} in {self._uri}"):
-            merge.execute(new)
+        with writing(self._told):
+            if self._table is None:
+                self._table = self._create()
+            self._table.merge_insert("text_hash").when_not_matched_insert_all().execute(new)
         self.refresh()
         return int(new.num_rows)
+
+    def sync(self, since: float) -> None:
+        """Have what anybody has remembered since then on disk before this returns.
+
+        Args:
+            since: Seconds since 1970.
+
+        Raises:
+            EmbedOnceError: It could not be synced.
+        """
+        if self._table is not None:
+            with writing(self._told):
+                sync_table(self._uri, self.name, since)
+
+    @property
+    def _told(self) -> str:
+        return f"the cache {self.name} in {self._uri}"
 
     def _create(self) -> Table:
         text_hash, vector = vectors_schema(self.space.vector_type)

@@ -3,33 +3,31 @@
 A run claims the texts of a call just before it is sent, and lets them go when the call has
 ended, after the answer is in its journal. What another living run has claimed is put off.
 
-    runs/<run id>/claims/<space>-<batch>    the text hashes of a call, 16 bytes each
+    runs/<run id>/claims/<space>-<batch>-<digest>   the text hashes of a call, 16 bytes each
 
-A claim is written before the other runs are looked at: of two runs that claim at once, at
-least one sees the other. Which of them gives way is settled under one lock for the state.
-What others know is looked up in the order claims, journals, cache, the way that an answer
-takes, so that none is missed that moves on meanwhile.
+First the claim is written, then the other runs are looked at, and what they have claimed is
+not sent. So of two runs that want a text at once at least one sees the other, and never do
+both send it; where neither does, they try again at random moments. What others know is
+looked up in the order claims, journals, cache, the way that an answer takes, so that none
+is missed that moves on meanwhile.
 """
 
-import fcntl
-import os
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from filelock import FileLock
 
 from tasks.cache import Cache
+from tasks.errors import StorageFailed
 from tasks.journal import RunFolder, read_answer, unfolded_answers
 from tasks.keys import KeySet
-from tasks.providers import Space
 from tasks.schemas import HASH
+from tasks.storage import storage_at
 
 POLL_S = 0.5
 """Who waits for another run looks so often what has become of its calls."""
@@ -94,10 +92,13 @@ class Claims:
         self._folder = folder
         self._space = cache.space
         self._cache = cache
+        self._storage = storage_at(folder.state_uri)
+        self._mine: dict[int, str] = {}
         self._lock = threading.Lock()
         self._looked_at = -POLL_S
-        self._claimed: list[KeySet] = []
-        self._journals: dict[Path, bytes] = {}
+        self._theirs: dict[str, bytes] = {}
+        self._claimed = KeySet(_hashes(b""))
+        self._journals: dict[str, bytes] = {}
         self._answered = KeySet(_hashes(b""))
 
     def claim(self, batch: int, hashes: pa.Array) -> Standing:
@@ -108,91 +109,91 @@ class Claims:
             hashes: text_hash of each text.
 
         Returns:
-            How they stood; the free ones are this run's.
+            How they stood; the free ones are this run's. Where none is, nothing is claimed.
+
+        Raises:
+            StorageFailed: The state cannot be read or written.
         """
-        file = self._file(batch)
-        _write(file, hashes)
-        if not any(self._others()):  # whoever comes from now on sees the claim
-            return self._alone(file, hashes)
-        with self._lock, FileLock(Path(self._folder.state_uri) / "claims.lock", poll_interval=0.01):
-            self._look()
-            standing = self._standing(hashes)
-            _trim(file, hashes, standing)
+        data = _bytes(hashes)
+        # Named by what it holds: who has read it once need not read it again.
+        digest = blake2b(data, digest_size=8).hexdigest()
+        name = f"{_folder(self._folder)}/{self._space.id}-{batch:08d}-{digest}"
+        self._mine[batch] = name
+        self._storage.write(name, data, durable=False)
+        if not self._others():  # whoever comes from now on sees the claim
+            self._cache.refresh()  # others may have come, paid and gone
+            found = self._cache.holds(hashes)
+            standing = Standing(found, np.zeros(len(found), dtype=bool))
+        else:
+            with self._lock:
+                self._look()
+                standing = self._standing(hashes)
+        if not standing.free.any():
+            self.release(batch)
         return standing
 
     def release(self, batch: int) -> None:
-        """Let go what the batch has claimed, if it has."""
-        self._file(batch).unlink(missing_ok=True)
+        """Let go what the batch has claimed, if it has; where that fails, it ends with the run."""
+        if name := self._mine.pop(batch, None):
+            with suppress(StorageFailed):
+                self._storage.delete([name])
 
     def standing(self, hashes: pa.Array) -> Standing:
-        """How texts stand by now, give or take half of `POLL_S`."""
+        """How texts stand by now, give or take half of `POLL_S`.
+
+        Raises:
+            StorageFailed: The state cannot be read.
+        """
         with self._lock:
             if time.monotonic() - self._looked_at > POLL_S / 2:
                 self._look()
             return self._standing(hashes)
 
-    def _file(self, batch: int) -> Path:
-        return self._folder.path / "claims" / f"{self._space.id}-{batch:08d}"
-
-    def _alone(self, file: Path, hashes: pa.Array) -> Standing:
-        self._cache.refresh()  # others may have come, paid and gone
-        found = self._cache.holds(hashes)
-        standing = Standing(found, np.zeros(len(found), dtype=bool))
-        _trim(file, hashes, standing)
-        return standing
-
-    def _others(self) -> Iterator[Path]:
-        """Folders of all other runs, living or dead."""
-        with suppress(FileNotFoundError), os.scandir(self._folder.path.parent) as entries:
-            for entry in entries:
-                if entry.name != self._folder.run_id and entry.is_dir():
-                    yield Path(entry.path)
+    def _others(self) -> list[RunFolder]:
+        """All other runs, living or dead."""
+        runs = self._folder.files.folders("runs")
+        state = self._folder.state_uri
+        return [RunFolder(state, run) for run in runs if run != self._folder.run_id]
 
     def _look(self) -> None:
         """See what all other runs have claimed and answered."""
-        others = list(self._others())
-        claimed = {run.name: _claims(run, self._space) for run in others}
-        # Asked before the journals are read: that of a run dead by then gains nothing more.
-        self._claimed = [
-            KeySet(one) for run, one in claimed.items() if len(one) and self._lives(run)
+        others = self._others()
+        claims = [
+            name
+            for run in others
+            if (names := self._claims_of(run)) and self._storage.lives(run.lock)
+            for name in names
         ]
-        files = [file for run in others for file in sorted((run / "answers").glob("*.arrow"))]
-        if files != list(self._journals):
+        self._theirs = {name: self._theirs.get(name) or self._read_claim(name) for name in claims}
+        self._claimed = KeySet(_hashes(b"".join(self._theirs.values())))
+        # After it was asked who lives: the journal of a run dead by then gains nothing more.
+        answers = [(run, name) for run in others for name in run.answers]
+        if [name for _, name in answers] != list(self._journals):
             self._journals = {
-                file: self._journals[file] if file in self._journals else self._read(file)
-                for file in files
+                name: self._journals[name] if name in self._journals else self._read(run, name)
+                for run, name in answers
             }
             self._answered = KeySet(_hashes(b"".join(self._journals.values())))
         self._cache.refresh()
         self._looked_at = time.monotonic()
 
-    def _read(self, file: Path) -> bytes:
-        answer = read_answer(file)
+    def _claims_of(self, run: RunFolder) -> list[str]:
+        start, names = f"{_folder(run)}/{self._space.id}-", self._storage.names(_folder(run))
+        return [name for name in names if name.startswith(start)]
+
+    def _read_claim(self, name: str) -> bytes:
+        data = self._storage.read(name)
+        return b"" if data is None else data.to_pybytes()  # None: let go meanwhile
+
+    def _read(self, run: RunFolder, name: str) -> bytes:
+        answer = read_answer(run, name)
         if answer is None or answer.space != self._space:
             return b""
         return _bytes(answer.table.column("text_hash").combine_chunks())
 
     def _standing(self, hashes: pa.Array) -> Standing:
         found = self._answered.holds(hashes) | self._cache.holds(hashes)
-        taken = np.zeros(len(found), dtype=bool)
-        for claimed in self._claimed:
-            taken |= claimed.holds(hashes)
-        return Standing(found, taken & ~found)
-
-    def _lives(self, run_id: str) -> bool:
-        """Whether somebody holds the lock of a run."""
-        try:
-            lock = os.open(RunFolder(self._folder.state_uri, run_id).lock, os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        try:
-            # Shared: of two that ask at once, neither takes the other for the run.
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(lock)
-        return False
+        return Standing(found, self._claimed.holds(hashes) & ~found)
 
 
 def take_up(cache: Cache, state_uri: str, hashes: pa.Array) -> None:
@@ -215,30 +216,8 @@ def take_up(cache: Cache, state_uri: str, hashes: pa.Array) -> None:
     cache.refresh()  # what its run has folded since is there
 
 
-def _claims(run: Path, space: Space) -> pa.Array:
-    """text_hash of all that a run has claimed in a space."""
-    found = list[bytes]()
-    for file in (run / "claims").glob(f"{space.id}-*"):
-        with suppress(FileNotFoundError):  # let go meanwhile
-            found.append(file.read_bytes())
-    return _hashes(b"".join(found))
-
-
-def _trim(file: Path, hashes: pa.Array, standing: Standing) -> None:
-    """Keep a claim to what was free."""
-    free = standing.free
-    if not free.any():
-        file.unlink()
-    elif not free.all():
-        _write(file, hashes.filter(pa.array(free)))
-
-
-def _write(file: Path, hashes: pa.Array) -> None:
-    """Write a claim, whole or not at all; it need not outlive the machine."""
-    file.parent.mkdir(exist_ok=True)
-    temporary = file.with_name(f"writing-{file.name}")
-    temporary.write_bytes(_bytes(hashes))
-    temporary.rename(file)
+def _folder(run: RunFolder) -> str:
+    return f"runs/{run.run_id}/claims"
 
 
 def _bytes(hashes: pa.Array) -> bytes:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,8 @@ from tasks.errors import (
     ProviderError,
     ProviderThrottled,
     ProviderUnreachable,
+    RunStopped,
+    StorageFailed,
 )
 from tasks.journal import Call, Refused, read_answer
 from tasks.keys import KeySet
@@ -51,7 +52,7 @@ class Embedded:
 
     Attributes:
         batch: Its number, from 1.
-        answers: Files in the journal.
+        answers: Their names in the journal.
         texts: Texts embedded.
         refused: Texts that no call will embed.
         found: text_hash of those that other runs have paid for meanwhile.
@@ -59,7 +60,7 @@ class Embedded:
     """
 
     batch: int
-    answers: tuple[Path, ...]
+    answers: tuple[str, ...]
     texts: int
     refused: tuple[Refused, ...]
     found: pa.Array
@@ -79,8 +80,13 @@ def embed_batch(batch: Batch, terms: Terms, attempt: int) -> Embedded:
         ProviderBusy: The rest of the batch may work later.
         BatchRefused: A text is refused, and `terms.on_error` is "fail_fast".
         ProviderDenied: No call can work.
+        StorageFailed: The journal takes no answer; nothing more is sent.
     """
-    return _Embedding(batch, terms, attempt).run()
+    try:
+        return _Embedding(batch, terms, attempt).run()
+    except StorageFailed as error:  # what is sent from now on could not be kept either
+        sender_of(terms).stop(RunStopped(str(error)))
+        raise
 
 
 def retry_when_busy(_task: Any, _task_run: Any, state: Any) -> bool:
@@ -135,6 +141,7 @@ class _Embedding:
         self._answers = self._sender.answers
         self._suspects: list[tuple[_Part, str]] = []
         self._refused: list[Refused] = []
+        self._written: list[str] = []
         self._put_off: list[pa.Table] = []
         self._found: list[pa.Table] = []
 
@@ -156,7 +163,7 @@ class _Embedding:
         found = pa.concat_tables([BATCH.empty_table(), *self._found])
         return Embedded(
             self._batch.number,
-            tuple(self._folder.answers_of(self._batch.number)),
+            tuple(self._written),
             texts=self._batch.table.rows - len(self._refused) - found.num_rows,
             refused=tuple(self._refused),
             found=found.column("text_hash").combine_chunks(),
@@ -167,10 +174,11 @@ class _Embedding:
         """The rows that no earlier attempt has settled."""
         if self._attempt == 1:
             return rows
+        self._written = self._folder.answers_of(self._batch.number)
         known = [
             answer.table.column("text_hash").combine_chunks()
-            for path in self._folder.answers_of(self._batch.number)
-            if (answer := read_answer(path)) is not None
+            for name in self._written
+            if (answer := read_answer(self._folder, name)) is not None
         ]
         refused = self._folder.refused().get(self._provider.space.id, {})
         hashes = rows.column("text_hash").to_pylist()
@@ -212,7 +220,7 @@ class _Embedding:
             self._sender.stop(denied)
             raise denied from None
         hashes = piece.rows.column("text_hash").combine_chunks()
-        self._folder.write_answer(hashes, vectors, self._provider.space, call)
+        self._written.append(self._folder.write_answer(hashes, vectors, self._provider.space, call))
         self._sender.works()
         self._sender.learn(piece.texts, call.tokens_billed)
         return rest

@@ -5,6 +5,8 @@ EmbedOnceError
 ├── CorpusError          a person mends the corpus and runs again; nothing was touched
 ├── IndexHeld            another run holds the index; run again when it has ended
 ├── IndexConflict        the table is not ours, or of another space; name another one
+├── StorageFailed        a folder or store does not take or give files: send nothing more
+├── LockLost             another run has taken the lock over: commit nothing more
 └── ProviderError        what a provider's call can end with
     ├── ProviderBusy     wait, then the same call may work; spends a retry
     │   ├── AnswerRejected   the answer failed a check; ask again, never store it
@@ -60,6 +62,17 @@ class IndexHeld(EmbedOnceError):
 
 class IndexConflict(SettingsError):
     """The table at `index` is not ours to write, or holds vectors of another space."""
+
+
+class StorageFailed(EmbedOnceError):
+    """A folder or an object store cannot be read or written.
+
+    Facts: `lost`, texts that were paid for and could not be kept anywhere.
+    """
+
+
+class LockLost(EmbedOnceError):
+    """This process did not renew its lock in time, and another one has taken it over."""
 
 
 class ProviderError(EmbedOnceError):

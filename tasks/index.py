@@ -3,24 +3,24 @@
 A generation is one published state of it, tagged `gen-N` on its LanceDB version.
 """
 
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
-from filelock import FileLock, Timeout
 from lancedb.table import Table
 
 from tasks.cache import SPACE
-from tasks.errors import EmbedOnceError, IndexConflict, IndexHeld
+from tasks.errors import EmbedOnceError, IndexConflict, IndexHeld, LockLost
 from tasks.keys import KeySet, key_columns
-from tasks.lance import PRIMARY_KEY, open_table, read_batches
+from tasks.lance import PRIMARY_KEY, durable, open_table, read_batches, sync_table
 from tasks.params import Index
+from tasks.progress import tell_waiting
 from tasks.providers import Space
 from tasks.schemas import INDEXED, TableRef, metadata_fields, rows_schema
+from tasks.storage import Holder, Taken, storage_at
 
 FORMAT = b"embed_once.format"
 SPLITTER = b"embed_once.splitter"
@@ -147,30 +147,34 @@ def committing(index: Index, version: int) -> Iterator[None]:
     Versions that others make, say by compaction, are no generations; by this note `adopt`
     tells a commit of ours whose run died before it could tag it.
     """
-    note = _note(index)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(str(version), encoding="utf-8")
+    storage, note = storage_at(index.uri), _note(index)
+    storage.write(note, str(version).encode())
     try:
-        yield
-    except EmbedOnceError:  # the commit was undone
-        note.unlink()
+        with durable(index.uri, index.table):
+            yield
+    except LockLost:  # by now the note may be another run's
         raise
-    note.unlink()
+    except EmbedOnceError:  # the commit was undone
+        storage.delete([note])
+        raise
+    storage.delete([note])
 
 
 def adopt(index: Index) -> None:
     """Tag what a run committed that died before it could say so."""
-    table, note = open_index(index), _note(index)
-    if not note.exists():
+    storage, note, table = storage_at(index.uri), _note(index), open_index(index)
+    noted = storage.read(note)
+    if noted is None:
         return
-    noted = note.read_text(encoding="utf-8")
-    if table is not None and noted.isdigit() and table.version > int(noted):
+    version = noted.to_pybytes()
+    if table is not None and version.isdigit() and table.version > int(version):
         tag_generation(table)
-    note.unlink()
+        sync_table(index.uri, index.table, since=0.0)
+    storage.delete([note])
 
 
-def _note(index: Index) -> Path:
-    return Path(index.uri) / f"{index.table}.committing"
+def _note(index: Index) -> str:
+    return f"{index.table}.committing"
 
 
 def vectors_of(index: Index, hashes: pa.Array) -> Iterator[pa.Table]:
@@ -189,31 +193,44 @@ def vectors_of(index: Index, hashes: pa.Array) -> Iterator[pa.Table]:
 def held(index: Index, run_id: str) -> Iterator[None]:
     """Hold the index against all other runs; the lock frees itself when the process dies.
 
+    A run that finds it held waits for at most `index.max_wait` seconds.
+
     Raises:
-        IndexHeld: Another run holds it; the message says which.
+        IndexHeld: Another run still holds it; the message says which.
+        StorageFailed: The folder or store does not take a lock.
     """
-    folder = Path(index.uri)
-    folder.mkdir(parents=True, exist_ok=True)
-    holder = folder / f"{index.table}.holder.json"
-    lock = FileLock(folder / f"{index.table}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise IndexHeld(
-            f"Another run holds the index {index.table!r} in {index.uri}{_holder(holder)}. "
-            "Run again when it has ended."
-        ) from None
-    try:
-        since = datetime.now(tz=UTC).isoformat(timespec="seconds")
-        holder.write_text(json.dumps({"run_id": run_id, "since": since}), encoding="utf-8")
+
+    def told(holder: Holder | None) -> None:
+        if index.max_wait:
+            who = f": {holder}" if holder else ""
+            tell_waiting(f"the index {index.table} is held by another run{who}")
+
+    with ExitStack() as stack:
+        lock = storage_at(index.uri).held(_lock(index), run_id, index.max_wait, told)
+        try:
+            stack.enter_context(lock)
+        except Taken as taken:  # only of this lock: a run takes others inside
+            raise IndexHeld(_held_message(index, taken.holder)) from None
         yield
-    finally:
-        lock.release()
 
 
-def _holder(file: Path) -> str:
-    try:
-        who = json.loads(file.read_text(encoding="utf-8"))
-        return f": run {who['run_id']}, since {who['since']}"
-    except (OSError, ValueError, KeyError):
-        return ""
+def require_held(index: Index) -> None:
+    """Make sure, just before a commit, that no other run has taken the index over.
+
+    Raises:
+        LockLost: One has: this process did not renew its lock in time.
+    """
+    storage_at(index.uri).require_held(_lock(index))
+
+
+def _lock(index: Index) -> str:
+    return f"{index.table}.lock"
+
+
+def _held_message(index: Index, holder: Holder | None) -> str:
+    waited = f" after {index.max_wait:g} s" if index.max_wait else ""
+    return (
+        f"Another run holds the index {index.table!r} in {index.uri}{waited}"
+        f"{f': {holder}' if holder else ''}. Run again when it has ended, or have runs wait for "
+        "it with index.max_wait."
+    )

@@ -2,34 +2,38 @@
 
 Each run has a folder under `state.uri`:
 
-    runs/<run id>.alive          locked as long as the run lives
-    runs/<run id>/answers/*.arrow    one file an answer: vectors, and the call in its metadata
-    runs/<run id>/calls.jsonl    one line a provider call, whatever became of it
-    runs/<run id>/refused.jsonl  one line a text that the provider refuses for good
-    runs/<run id>/run.json       what the run is, for the ledger if it dies
-    runs/<run id>/staging/       tables between the stages
+    runs/<run id>.alive               locked as long as the run lives
+    runs/<run id>/answers/*.arrow     one file an answer: vectors, and the call in its metadata
+    runs/<run id>/calls/*.json        calls that have no answer here: they failed, or were folded
+    runs/<run id>/refused/*.json      one file a text that the provider refuses for good
+    runs/<run id>/run.json            what the run is, for the ledger if it dies
 
-An answer is written to a temporary file, synced and renamed, so a file with its final
-name is whole. Answers are folded into the cache in groups, as a LanceDB commit for each
-would make thousands of versions. A folder whose run is dead is folded by the next run.
+Each file is written whole, synced, and never changed. Answers are folded into the cache in
+groups, as a LanceDB commit for each would make thousands of versions; the calls of a group
+are written down before its answers go. A folder whose run is dead is folded by the next run.
+
+What cannot be written there is rescued: written to a temporary folder of this machine, where
+the next run on it finds it as if it stood in its place.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from filelock import FileLock
 
 from tasks.cache import SPACE, Cache
+from tasks.errors import StorageFailed
 from tasks.providers import Space, Vectors
 from tasks.schemas import require, vectors_schema
+from tasks.storage import local_folder, storage_at
+from tasks.storage.rescue import Rescuing
 
 CALL = b"embed_once.call"
 CHECKSUM = b"embed_once.checksum"
@@ -115,54 +119,65 @@ class About:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run. A value: tasks in other processes use it too."""
+    """The folder of one run. A value: tasks in other processes use it too.
+
+    Attributes:
+        state_uri: Folder or address of the state.
+        run_id: The run.
+    """
 
     state_uri: str
     run_id: str
 
     @property
-    def path(self) -> Path:
-        """The folder."""
-        return Path(self.state_uri) / "runs" / self.run_id
+    def files(self) -> Rescuing:
+        """Where the files lie whose names this gives."""
+        return Rescuing(self.state_uri)
 
     @property
-    def lock(self) -> Path:
-        """Locked as long as the run lives; beside the folder, so that it can be taken first."""
-        return self.path.with_name(f"{self.run_id}.alive")
+    def lock(self) -> str:
+        """Held as long as the run lives; beside the folder, so that it can be taken first."""
+        return f"runs/{self.run_id}.alive"
 
     @property
     def staging(self) -> Path:
-        """Where tables between the stages lie."""
-        return self.path / "staging"
+        """Where tables between the stages lie, on this machine."""
+        return local_folder(self.state_uri, f"runs/{self.run_id}/staging")
 
     @property
-    def answers(self) -> list[Path]:
-        """Files of all answers not yet folded, oldest batch first."""
-        return sorted((self.path / "answers").glob("*.arrow"))
+    def answers(self) -> list[str]:
+        """Names of all answers not yet folded, oldest batch first."""
+        return self._names("answers")
 
     @contextmanager
     def alive(self, about: About | None = None) -> Iterator[None]:
         """Mark the run as living until the block ends, then remove what is spent.
 
-        The folder stays if it still holds answers or calls: the next run takes them up.
+        The folder stays if it still holds answers or notes: the next run takes them up.
 
         Args:
             about: What the ledger says of the run if it dies.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.lock):  # before there is a folder that another run could take up
-            self.staging.mkdir(parents=True, exist_ok=True)
+        storage = storage_at(self.state_uri)
+        with storage.held(self.lock, self.run_id):  # first, so that no other run takes us up
             if about is not None:
-                self._about.write_text(json.dumps(asdict(about)), encoding="utf-8")
+                storage.write(self._path("run.json"), json.dumps(asdict(about)).encode())
             try:
+                self.staging.mkdir(parents=True, exist_ok=True)
                 yield
             finally:
                 shutil.rmtree(self.staging, ignore_errors=True)
-                if not self.answers and not (self.path / "calls.jsonl").exists():
-                    shutil.rmtree(self.path, ignore_errors=True)
-                    self.lock.unlink(missing_ok=True)
+                with suppress(StorageFailed):
+                    if not self.names():
+                        self.remove()
 
-    def write_answer(self, hashes: pa.Array, vectors: Vectors, space: Space, call: Call) -> Path:
+    def remove(self) -> None:
+        """Remove the folder and its lock, which the caller holds."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self.files.delete_all(self._path())
+        storage_at(self.state_uri).delete([self.lock])
+
+    def write_answer(self, hashes: pa.Array, vectors: Vectors, space: Space, call: Call) -> str:
         """Make an answer durable; it survives a kill from the moment this returns.
 
         Args:
@@ -170,6 +185,12 @@ class RunFolder:
             vectors: A row for each of `hashes`, of the space's `vector_type`.
             space: Where the vectors live.
             call: The call that brought them.
+
+        Returns:
+            Its name.
+
+        Raises:
+            StorageFailed: The state takes it not; the message says what became of it.
         """
         column = pa.FixedSizeListArray.from_arrays(
             pa.array(vectors.reshape(-1)), type=space.vector_type
@@ -181,77 +202,90 @@ class RunFolder:
             CHECKSUM: _checksum(answer),
         }
         answer = answer.replace_schema_metadata(metadata)
-        target = self.path / "answers" / "{:08d}-{:02d}-{:05d}.arrow".format(*call.key)
-        target.parent.mkdir(exist_ok=True)
-        temporary = target.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            with pa.ipc.new_file(file, answer.schema) as writer:
-                writer.write_batch(answer)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(target)
-        _sync_folder(target.parent)
-        self.note(call)
-        return target
+        written = pa.BufferOutputStream()
+        with pa.ipc.new_file(written, answer.schema) as writer:
+            writer.write_batch(answer)
+        name = self._path("answers", "{:08d}-{:02d}-{:05d}.arrow".format(*call.key))
+        self.files.write(name, written.getvalue(), call.texts)
+        return name
 
-    def answers_of(self, batch: int) -> list[Path]:
-        """Files of this batch's answers; a batch that was split has several."""
-        return sorted((self.path / "answers").glob(f"{batch:08d}-*.arrow"))
+    def answers_of(self, batch: int) -> list[str]:
+        """Names of this batch's answers; a batch that was split has several."""
+        start = self._path("answers", f"{batch:08d}-")
+        return [name for name in self.answers if name.startswith(start)]
 
-    def note(self, call: Call) -> None:
-        """Write the call down, whatever became of it."""
-        line = json.dumps(asdict(call)) + "\n"
-        with (self.path / "calls.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line)
+    def note(self, *calls: Call) -> None:
+        """Write down calls that no answer here tells of.
+
+        Raises:
+            StorageFailed: The state takes it not.
+        """
+        self._write_json("calls", [asdict(call) for call in calls])
 
     def refuse(self, space: Space, refused: Refused) -> None:
-        """Write down a text that the provider refuses."""
+        """Write down a text that the provider refuses; errors as in `note`."""
         row = {"space": space.id, **asdict(refused), "text_hash": refused.text_hash.hex()}
-        with (self.path / "refused.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._write_json("refused", [row])
 
     def refused(self) -> dict[str, dict[bytes, Refused]]:
         """All texts written down as refused, by the id of their space and their hash."""
         found: dict[str, dict[bytes, Refused]] = {}
-        for row in _json_lines(self.path / "refused.jsonl"):
-            try:
-                space = row.pop("space")
-                refused = Refused(**{**row, "text_hash": bytes.fromhex(row["text_hash"])})
-            except (KeyError, TypeError, ValueError):
-                continue  # damaged: the text is sent once more
-            found.setdefault(space, {})[refused.text_hash] = refused
+        for name in self._names("refused"):
+            for space, refused in _refused(self.files.read(name)) or ():
+                found.setdefault(space, {})[refused.text_hash] = refused
         return found
 
     def calls(self) -> list[Call]:
-        """All calls noted, and those that only their answer knows of."""
-        calls = {}
-        for row in _json_lines(self.path / "calls.jsonl"):
-            try:
-                call = Call(**row)
-            except TypeError:
-                continue  # its answer, if it has one, knows the call
-            calls[call.key] = call
-        for path in self.answers:
-            answer = read_answer(path)
+        """All calls, oldest first: those noted, and those that their answer tells of."""
+        noted = [_calls(self.files.read(name)) or () for name in self._names("calls")]
+        calls = {call.key: call for some in noted for call in some}
+        for name in self.answers:
+            answer = read_answer(self, name)
             if answer is not None:
-                calls.setdefault(answer.call.key, answer.call)
-        return list(calls.values())
-
-    @property
-    def _about(self) -> Path:
-        return self.path / "run.json"
+                calls[answer.call.key] = answer.call
+        return sorted(calls.values(), key=lambda call: (call.started_at, call.key))
 
     def about(self) -> About | None:
         """What the run is, if it lived long enough to write it down."""
         try:
-            return About(**json.loads(self._about.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            return About(**_json(self.files.read(self._path("run.json"))))
+        except (ValueError, TypeError):
             return None
 
     def forget_notes(self) -> None:
-        """Drop the notes once ledger and quarantine have them."""
-        (self.path / "calls.jsonl").unlink(missing_ok=True)
-        (self.path / "refused.jsonl").unlink(missing_ok=True)
+        """Drop the notes once ledger and quarantine have them; what cannot be read stays."""
+        unreadable = self.unreadable()
+        noted = [*self._names("calls"), *self._names("refused")]
+        self.files.delete(name for name in noted if name not in unreadable)
+
+    def unreadable(self) -> list[str]:
+        """Names of all files that are not whole."""
+        whole: dict[str, Callable[[str], object]] = {
+            "answers": lambda name: read_answer(self, name),
+            "calls": lambda name: _calls(self.files.read(name)),
+            "refused": lambda name: _refused(self.files.read(name)),
+            "run.json": lambda _: self.about(),
+        }
+        names = self.names()
+        if self.files.read(run := self._path("run.json")) is not None:
+            names.append(run)
+        return [name for name in names if whole[name.split("/")[2]](name) is None]
+
+    def names(self) -> list[str]:
+        """Names of all answers and notes."""
+        return [name for kind in ("answers", "calls", "refused") for name in self._names(kind)]
+
+    def _path(self, *parts: str) -> str:
+        return "/".join(("runs", self.run_id, *parts))
+
+    def _names(self, kind: str) -> list[str]:
+        return self.files.names(self._path(kind))
+
+    def _write_json(self, kind: str, rows: list[dict[str, Any]]) -> None:
+        """Write rows to a file named by what it holds, so that none takes the place of another."""
+        text = json.dumps(rows).encode()
+        name = blake2b(text, digest_size=16).hexdigest()
+        self.files.write(self._path(kind, f"{name}.json"), text)
 
 
 @dataclass(frozen=True)
@@ -263,15 +297,20 @@ class StoredAnswer:
     call: Call
 
 
-def read_answer(path: Path) -> StoredAnswer | None:
-    """The answer in the file at `path`; None where the file is not whole."""
+def read_answer(folder: RunFolder, name: str) -> StoredAnswer | None:
+    """The answer of that name; None where it is not whole, or folded by now.
+
+    Raises:
+        StorageFailed: It cannot be read.
+    """
+    data = folder.files.read(name)
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = pa.ipc.open_file(data or b"").read_all()
         metadata = table.schema.metadata or {}
         space = Space.from_json(metadata[SPACE].decode())
         call = Call(**json.loads(metadata[CALL]))
         table = table.replace_schema_metadata(None)
-        require(table.schema, vectors_schema(space.vector_type), str(path))
+        require(table.schema, vectors_schema(space.vector_type), "answer")
         table.validate(full=True)  # else Arrow ends the process over a damaged length
         if metadata[CHECKSUM] != _checksum(*table.to_batches()):
             return None
@@ -280,27 +319,46 @@ def read_answer(path: Path) -> StoredAnswer | None:
     return StoredAnswer(table, space, call)
 
 
-def fold(folder: RunFolder, cache: Cache, paths: Iterable[Path] | None = None) -> int:
-    """Move answers of the cache's space into it, in one commit; the files go.
+def fold(folder: RunFolder, cache: Cache, names: Iterable[str] | None = None) -> int:
+    """Move answers of the cache's space into it, in one commit; then the files go.
+
+    Their calls are written down first. Killed between any two steps, a run leaves nothing
+    uncounted, and nothing that is counted twice.
 
     Returns:
         Vectors added to the cache.
+
+    Raises:
+        EmbedOnceError: Cache or journal cannot be written; the answers stay.
     """
-    chosen = list(folder.answers if paths is None else paths)
-    answers = [(path, read_answer(path)) for path in chosen]
-    mine = [(path, answer) for path, answer in answers if answer and answer.space == cache.space]
+    chosen = list(folder.answers if names is None else names)
+    answers = [(name, read_answer(folder, name)) for name in chosen]
+    mine = [(name, answer) for name, answer in answers if answer and answer.space == cache.space]
+    if not mine:
+        return 0
+    calls = [answer.call for _, answer in mine]
+    folder.note(*calls)
     added = cache.remember(answer.table for _, answer in mine)
-    for path, _ in mine:
-        path.unlink()
+    # Whoever committed them, it was after the first of these calls.
+    cache.sync(min(datetime.fromisoformat(call.started_at).timestamp() for call in calls))
+    folder.files.delete(name for name, _ in mine)
     return added
+
+
+def run_ids(state_uri: str) -> list[str]:
+    """All runs that have a folder or a lock in the journal, rescued ones too."""
+    found = {name.split("/")[1] for name in Rescuing(state_uri).names("runs")}
+    return sorted({name.removesuffix(".holder").removesuffix(".alive") for name in found})
 
 
 def unfolded_answers(state_uri: str, space: Space) -> Iterator[StoredAnswer]:
     """Whole answers in `space` that no run has folded yet, whether it lives or died."""
-    for file in sorted((Path(state_uri) / "runs").glob("*/answers/*.arrow")):
-        answer = read_answer(file)
-        if answer is not None and answer.space == space:
-            yield answer
+    for run_id in run_ids(state_uri):
+        folder = RunFolder(state_uri, run_id)
+        for name in folder.answers:
+            answer = read_answer(folder, name)
+            if answer is not None and answer.space == space:
+                yield answer
 
 
 def unfolded_hashes(state_uri: str, space: Space) -> list[pa.Array]:
@@ -318,21 +376,24 @@ def _checksum(*batches: pa.RecordBatch) -> bytes:
     return state.hexdigest().encode()
 
 
-def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects in `file`, a line each; lines cut off by a kill are left out."""
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _calls(data: pa.Buffer | None) -> list[Call] | None:
+    """The calls in a note; None where it is not whole."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return [Call(**row) for row in _json(data)]
+    except (ValueError, TypeError):
+        return None
+
+
+def _refused(data: pa.Buffer | None) -> list[tuple[str, Refused]] | None:
+    """The refused texts in a note, each with the id of its space; None where it is not whole."""
+    try:
+        return [
+            (row.pop("space"), Refused(**{**row, "text_hash": bytes.fromhex(row["text_hash"])}))
+            for row in _json(data)
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _json(data: pa.Buffer | None) -> Any:
+    return json.loads(data.to_pybytes() if data else b"")

@@ -9,7 +9,7 @@ import pyarrow as pa
 from lancedb.table import Table
 
 from tasks.journal import Call
-from tasks.lance import make_table, open_table
+from tasks.lance import durable, make_table, open_table, writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,6 +71,7 @@ class Ledger:
     def _append(
         self, name: str, schema: pa.Schema, key: list[str], rows: list[dict[str, object]]
     ) -> None:
-        table = make_table(self._uri, name, schema)
-        merge = table.merge_insert(key).when_not_matched_insert_all()
-        merge.execute(pa.Table.from_pylist(rows, schema=schema))
+        with writing(f"the table {name} in {self._uri}"), durable(self._uri, name):
+            table = make_table(self._uri, name, schema)
+            merge = table.merge_insert(key).when_not_matched_insert_all()
+            merge.execute(pa.Table.from_pylist(rows, schema=schema))

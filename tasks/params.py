@@ -23,12 +23,13 @@ from pydantic import (
 )
 
 from tasks.errors import SettingsError
+from tasks.storage import SCHEMES
 
 
 def _at_home(path: str, info: ValidationInfo) -> str:
     """`path` made absolute from the project folder."""
     if "://" in path and not path.startswith("file://"):
-        raise ValueError("object storage is not supported yet; name a local folder")
+        raise ValueError("only index.uri and state.uri may be in object storage; name a local path")
     base = (info.context or {}).get("base", Path.cwd())
     try:
         return str((Path(base) / Path(path.removeprefix("file://")).expanduser()).resolve())
@@ -36,8 +37,27 @@ def _at_home(path: str, info: ValidationInfo) -> str:
         raise ValueError(str(error)) from None
 
 
+def _at_home_or_stored(uri: str, info: ValidationInfo) -> str:
+    """The address of an object store, written one way only, or a path as in `_at_home`."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme == "file":
+        return _at_home(uri, info)
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{each}://" for each in SCHEMES)
+        raise ValueError(f"name a local folder or an address that begins with {known}")
+    parts = [part for part in rest.split("/") if part]
+    if not parts or rest.startswith("/") or {".", ".."} & set(parts) or set("@?#") & set(rest):
+        raise ValueError(
+            f"write {scheme}://bucket/prefix; keys and endpoint come from the environment"
+        )
+    return f"{scheme}://{'/'.join(parts)}"
+
+
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_at_home)]
 """A path on this machine, absolute once it is validated."""
+
+StoragePath = Annotated[str, Field(min_length=1), AfterValidator(_at_home_or_stored)]
+"""The same, or the address of a place in an object store, such as `s3://bucket/prefix`."""
 
 
 def _address(url: str) -> str:
@@ -149,7 +169,7 @@ class LimitSettings(Settings):
 class Index(Settings):
     """The LanceDB table that follows the corpus."""
 
-    uri: LocalPath = Field(description="Folder of the LanceDB database.")
+    uri: StoragePath = Field(description="Folder or s3:// address of the LanceDB database.")
     table: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="Name of the table.")
     metric: Literal["cosine", "l2", "dot", "hamming"] | None = Field(
         default=None, description="null: cosine, or hamming for ubinary."
@@ -160,12 +180,18 @@ class Index(Settings):
         le=1,
         description="Refuse a run that would delete more than this share of the index.",
     )
+    max_wait: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds to wait for another run that holds the index; 0: refuse at once.",
+    )
 
 
 class State(Settings):
     """Where what was paid for is kept: cache, journal, ledger."""
 
-    uri: LocalPath = Field(description="Folder; several indexes may share it.")
+    uri: StoragePath = Field(description="Folder or s3:// address; several indexes may share it.")
 
 
 class Config(Settings):

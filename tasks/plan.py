@@ -17,7 +17,7 @@ from pydantic import Field
 from tasks.cache import Cache
 from tasks.catalog import ModelFacts, facts_for
 from tasks.compare import Compared, Held, compare, tally
-from tasks.errors import SettingsError
+from tasks.errors import SettingsError, StorageFailed
 from tasks.fill import Filled
 from tasks.fingerprint import Keyed, fingerprint
 from tasks.index import Identity, identity_of, open_index, require_space, scan
@@ -34,6 +34,7 @@ from tasks.read.files import FilesReader
 from tasks.read.tables import TableReader
 from tasks.report import Chunks, Cost, Part, Saved, Texts
 from tasks.schemas import CHANGES, DELETIONS, HASH, TableRef, metadata_fields
+from tasks.storage import is_local, storage_at
 from tasks.summary import Row, chunk_rows, cost_text, skipped_rows
 
 
@@ -142,13 +143,14 @@ def open_reader(config: Config, overrides: Overrides) -> Reader:
     source = config.source
     if not Path(source.path).exists():
         raise SettingsError(f"source.path: there is nothing at {source.path}.")
-    index, state = Path(config.index.uri), Path(config.state.uri)
+    own = [Path(uri) for uri in (config.index.uri, config.state.uri) if is_local(uri)]
     if isinstance(source, FilesSource):
-        return FilesReader(source, skip_paths=[index, state], narrow=overrides.narrow or None)
+        return FilesReader(source, skip_paths=own, narrow=overrides.narrow or None)
     if overrides.narrow:
         raise SettingsError("A narrower source path needs a source of files, not of tables.")
     # Other tables of the database may be a corpus, the index itself may not.
-    return TableReader(source, [index / f"{config.index.table}.lance", state])
+    table = f"{config.index.uri}/{config.index.table}.lance"
+    return TableReader(source, [Path(uri) for uri in (table, config.state.uri) if is_local(uri)])
 
 
 def require_runnable(config: Config, overrides: Overrides) -> None:
@@ -159,13 +161,23 @@ def require_runnable(config: Config, overrides: Overrides) -> None:
     """
     provider = open_embedder(config)
     open_reader(config, overrides)
+    for key, uri in (("index.uri", config.index.uri), ("state.uri", config.state.uri)):
+        _require_place(key, uri)
     table = open_index(config.index)
     if table is not None:
         require_space(table, config.index, provider.space)
-    for key, folder in (("index.uri", config.index.uri), ("state.uri", config.state.uri)):
-        existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise SettingsError(f"{key}: {folder} cannot be written; name another folder.")
+
+
+def _require_place(key: str, uri: str) -> None:
+    if not is_local(uri):
+        try:
+            storage_at(uri).names("runs")
+        except StorageFailed as error:
+            raise SettingsError(f"{key}: {error}") from None
+        return
+    existing = next(path for path in (Path(uri), *Path(uri).parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise SettingsError(f"{key}: {uri} cannot be written; name another folder.")
 
 
 def require_safe(survey: Survey, overrides: Overrides) -> None:

@@ -4,7 +4,7 @@ Readers see the old rows or the new ones, never a mixture, whichever of the four
 run takes: create, add, merge or overwrite.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,14 @@ from lancedb.table import Table
 
 from tasks.cache import Cache
 from tasks.errors import CorpusError, EmbedOnceError
-from tasks.index import Identity, committing, generations, open_index, tag_generation
+from tasks.index import (
+    Identity,
+    committing,
+    generations,
+    open_index,
+    require_held,
+    tag_generation,
+)
 from tasks.keys import KeySet, digest_column, first_of_each
 from tasks.lance import quoted, read_batches, writing
 from tasks.params import Index
@@ -76,6 +83,7 @@ def publish(
 
     Raises:
         CorpusError: `rows` holds an id twice.
+        LockLost: Another run has taken the index over; nothing was published.
         EmbedOnceError: A vector is missing; nothing was published.
     """
     metadata = metadata_fields(rows.schema())
@@ -88,9 +96,8 @@ def publish(
     way = _way(table, schema, rows.rows, updates, len(gone))
     if way == "none":
         return _nothing_new(table)
-    new = pa.RecordBatchReader.from_batches(
-        schema, _with_vectors(rows, metadata, schema, cache, run_id)
-    )
+    vectors = _with_vectors(rows, metadata, schema, cache, run_id)
+    new = pa.RecordBatchReader.from_batches(schema, _then(vectors, lambda: require_held(index)))
     with (
         writing(f"the index {index.table!r} in {index.uri}"),
         committing(index, 0 if table is None else table.version),
@@ -109,7 +116,7 @@ def publish(
                 table = _overwrite(
                     table, index, schema=schema, new=new, rows=rows, deletions=deletions
                 )
-            _require_rows(table, before, expected)
+            _require_rows(table, index, before, expected)
         newest = tag_generation(table)
     return Published(way, newest.number, newest.version, expected)
 
@@ -149,6 +156,7 @@ def _create(index: Index, schema: pa.Schema, new: pa.RecordBatchReader, expected
     table = connection.create_table(index.table, data=new, schema=schema)
     found = table.count_rows()
     if found != expected:
+        require_held(index)  # else it is the table of another run
         connection.drop_table(index.table)
         raise EmbedOnceError(
             f"LanceDB wrote {found} rows of {expected}, so the table was dropped again. "
@@ -216,6 +224,12 @@ def _with_vectors(
         yield pa.record_batch(columns, schema=schema)
 
 
+def _then(batches: Iterator[pa.RecordBatch], check: Callable[[], None]) -> Iterator[pa.RecordBatch]:
+    """`batches`, and `check` once LanceDB has taken them all: right before it commits."""
+    yield from batches
+    check()
+
+
 def _refuse_repeated(ids: pa.ChunkedArray) -> None:
     """The primary key does not stop duplicates inside one commit, so this does."""
     keys = pa.chunked_array([digest_column(chunk) for chunk in ids.chunks], HASH)
@@ -227,11 +241,12 @@ def _refuse_repeated(ids: pa.ChunkedArray) -> None:
         )
 
 
-def _require_rows(table: Table, before: int, expected: int) -> None:
+def _require_rows(table: Table, index: Index, before: int, expected: int) -> None:
     """Undo a commit that did not bring what it should."""
     found = table.count_rows()
     if found == expected:
         return
+    require_held(index)  # else it is the commit of another run
     table.checkout(before)
     table.restore()
     raise EmbedOnceError(

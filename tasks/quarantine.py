@@ -11,7 +11,7 @@ import pyarrow as pa
 from lancedb.table import Table
 
 from tasks.journal import Refused
-from tasks.lance import PRIMARY_KEY, make_table, open_table, quoted, writing
+from tasks.lance import PRIMARY_KEY, durable, make_table, open_table, quoted, writing
 from tasks.schemas import HASH
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Quarantine:
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if not rows:
             return
-        with writing(f"the quarantine in {self._uri}"):
+        with writing(f"the quarantine in {self._uri}"), durable(self._uri, TABLE):
             table = make_table(self._uri, TABLE, QUARANTINE)
             merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
             merge.execute(pa.Table.from_pylist(rows, schema=QUARANTINE))

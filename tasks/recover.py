@@ -1,14 +1,11 @@
 """Recover: what runs that died had paid for is taken up by the next run."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from tasks.cache import Cache
-from tasks.journal import Call, RunFolder, fold, read_answer
+from tasks.journal import Call, RunFolder, fold, read_answer, run_ids
+from tasks.storage import Taken, storage_at
 
 
 @dataclass(frozen=True)
@@ -17,11 +14,11 @@ class Recovered:
 
     Attributes:
         vectors: Vectors they had paid for, now in the cache.
-        set_aside: Files that could not be read, moved to `state.uri`/set-aside.
+        set_aside: Files that could not be read, now in `state.uri`/set-aside.
     """
 
     vectors: int = 0
-    set_aside: tuple[Path, ...] = ()
+    set_aside: tuple[str, ...] = ()
 
 
 Record = Callable[[RunFolder, list[Call]], None]
@@ -33,14 +30,17 @@ def recover(state_uri: str, record: Record) -> Recovered:
     Args:
         state_uri: Where the runs' folders are.
         record: Takes a dead run, its calls and its refused texts where they belong.
+
+    Raises:
+        EmbedOnceError: The state cannot be read or written; what was left stays.
     """
     recovered = Recovered()
-    for path in sorted((Path(state_uri) / "runs").glob("*/")):
-        folder = RunFolder(state_uri, path.name)
+    for run_id in run_ids(state_uri):
+        folder = RunFolder(state_uri, run_id)
         try:
-            with FileLock(folder.lock, timeout=0):
+            with storage_at(state_uri).held(folder.lock, run_id):
                 found = _recover_one(folder, record)
-        except Timeout:
+        except Taken:
             continue
         recovered = Recovered(
             recovered.vectors + found.vectors, recovered.set_aside + found.set_aside
@@ -49,22 +49,19 @@ def recover(state_uri: str, record: Record) -> Recovered:
 
 
 def _recover_one(folder: RunFolder, record: Record) -> Recovered:
+    set_aside = tuple(_set_aside(folder, name) for name in folder.unreadable())
     calls = folder.calls()
-    spaces, set_aside = set(), []
-    for file in folder.answers:
-        answer = read_answer(file)
-        if answer is None:
-            set_aside.append(_set_aside(folder, file))
-        else:
-            spaces.add(answer.space)
+    answers = (read_answer(folder, name) for name in folder.answers)
+    spaces = {answer.space for answer in answers if answer is not None}
     vectors = sum(fold(folder, Cache(folder.state_uri, space)) for space in spaces)
     record(folder, calls)
-    shutil.rmtree(folder.path, ignore_errors=True)
-    folder.lock.unlink(missing_ok=True)
-    return Recovered(vectors, tuple(set_aside))
+    folder.remove()
+    return Recovered(vectors, set_aside)
 
 
-def _set_aside(folder: RunFolder, file: Path) -> Path:
-    target = Path(folder.state_uri) / "set-aside" / f"{folder.run_id}-{file.name}"
-    target.parent.mkdir(exist_ok=True)
-    return file.rename(target)
+def _set_aside(folder: RunFolder, name: str) -> str:
+    """Move a file to where nobody trusts it or trips over it; says where it is now."""
+    target = f"set-aside/{name.removeprefix('runs/').replace('/', '-')}"
+    storage_at(folder.state_uri).write(target, folder.files.read(name) or b"")
+    folder.files.delete([name])
+    return f"{folder.state_uri}/{target}"

@@ -6,10 +6,13 @@ stage holds only what it touches.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+
+from tasks.errors import StorageFailed
 
 HASH = pa.binary(16)
 """blake2b-128 digest."""
@@ -170,14 +173,24 @@ class TableRef:
     def write(
         cls, path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch | pa.Table]
     ) -> "TableRef":
-        """Write `batches`, each checked against `schema`, to the file at `path`."""
+        """Write `batches`, each checked against `schema`, to the file at `path`.
+
+        Raises:
+            StorageFailed: The disk does not take it.
+        """
         rows = 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pa.ipc.new_file(str(path), schema) as writer:
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writer = pa.ipc.new_file(str(path), schema)
+        try:
             for batch in batches:
                 require(batch.schema, schema, path.name)
-                writer.write(batch)
+                with _writing(path):
+                    writer.write(batch)
                 rows += batch.num_rows
+        finally:
+            with _writing(path):
+                writer.close()
         return cls(str(path), rows)
 
     @classmethod
@@ -210,6 +223,18 @@ class TableRef:
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
             yield batch.take(pa.array(range(batch.num_rows), pa.int64()))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say in words that the disk does not take the file at `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageFailed(
+            f"{path} cannot be written: {error.strerror or error}. See that the disk of "
+            f"{path.parent} is there and has room, then run again."
+        ) from error
 
 
 @dataclass(frozen=True)

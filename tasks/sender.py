@@ -1,5 +1,6 @@
 """Sender: what all batches of a run share in one process: its limits, and what it has learned."""
 
+import random
 import threading
 import time
 from collections.abc import Sequence
@@ -78,7 +79,9 @@ class Sender:
         self.turn = threading.Lock()
         self._ended = threading.Event()
         self._told_of_others = False
-        self.claims = Claims(folder, cache or Cache(folder.state_uri, provider.space))
+        if cache is None:
+            cache = Cache(folder.state_uri, provider.space)
+        self.claims = Claims(folder, cache)
         self.limiter = Limiter(
             provider.limits,
             max_wait_s=terms.max_wait_s,
@@ -150,7 +153,8 @@ class Sender:
         """
         since = time.monotonic()
         while (standing := self.claims.standing(hashes)).taken.all():
-            self._ended.wait(POLL_S)
+            # Not in step: those that gave way to each other would meet again and again.
+            self._ended.wait(POLL_S * random.uniform(0.5, 1))  # noqa: S311
             if self.limiter.stopped:
                 raise self.limiter.stopped
             if not self._told_of_others and time.monotonic() - since > TELL_AFTER_S:

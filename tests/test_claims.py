@@ -1,14 +1,16 @@
 """Runs that share a state: whatever they do at once, one of them pays for a text."""
 
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from tasks.providers.lexical import Lexical
 from tasks.recover import recover
 from tasks.schemas import BATCH, Batch, TableRef
 from tasks.sender import Terms, forget_sender, sender_of
+from tasks.storage import storage_at
 
 WORDS = ["alpha", "beta", "gamma"]
 LIMITS = Limits(None, None, 1000, None, 1)
@@ -58,9 +61,11 @@ class Run:
     folder: RunFolder
     provider: Lexical
     call_of: CallOf
-    claims: Claims = field(init=False)
+    living: bool = True
 
     def __post_init__(self) -> None:
+        self._life = ExitStack()
+        self._life.enter_context(self.folder.alive())
         self.cache = Cache(self.folder.state_uri, self.provider.space)
         self.claims = Claims(self.folder, self.cache)
 
@@ -72,6 +77,15 @@ class Run:
         call = self.call_of(self.folder.run_id, batch)
         self.folder.write_answer(hashes(*texts), vectors, self.provider.space, call)
 
+    def ends(self) -> None:
+        """End as a killed one does: what it has written stays."""
+        self.living = False
+        self._life.close()
+
+
+def claims_in(folder: RunFolder) -> list[str]:
+    return storage_at(folder.state_uri).names(f"runs/{folder.run_id}/claims")
+
 
 @pytest.fixture
 def run(tmp_path: Path, lexical: Lexical, call_of: CallOf) -> Iterator[Callable[..., Run]]:
@@ -79,9 +93,9 @@ def run(tmp_path: Path, lexical: Lexical, call_of: CallOf) -> Iterator[Callable[
     with ExitStack() as living:
 
         def make(run_id: str, provider: Lexical = lexical) -> Run:
-            folder = RunFolder(str(tmp_path), run_id)
-            living.enter_context(folder.alive())
-            return Run(folder, provider, call_of)
+            one = Run(RunFolder(str(tmp_path), run_id), provider, call_of)
+            living.callback(one.ends)
+            return one
 
         yield make
 
@@ -94,13 +108,15 @@ def test_what_a_living_run_has_claimed_is_taken_until_it_lets_go(run: Callable[.
     assert one.claim("alpha", "beta") == "--"
     assert two.claim("beta", "gamma") == "t-"
     assert one.claim("alpha", "gamma", "delta", batch=2) == "-t-"
+    assert one.claim("gamma", batch=3) == "t"
+    assert len(claims_in(one.folder)) == 2
     one.claims.release(1)
     one.claims.release(2)
-    assert two.claim("alpha", "beta", "gamma", batch=2) == "---"
     two.claims.release(1)
-    two.claims.release(2)
-    two.claims.release(3)
-    assert not list((two.folder.path / "claims").iterdir())
+    assert two.claim("alpha", "beta", "gamma") == "---"
+    two.claims.release(1)
+    two.claims.release(1)
+    assert claims_in(two.folder) == []
 
 
 def test_a_run_alone_claims_too_so_that_whoever_comes_sees_it(run: Callable[..., Run]) -> None:
@@ -117,19 +133,15 @@ def test_claims_of_another_space_do_not_count(run: Callable[..., Run], lexical: 
     assert how(other.claims.standing(hashes(*WORDS))) == "---"
 
 
-def test_claims_of_a_run_that_died_do_not_count(
-    tmp_path: Path, run: Callable[..., Run], lexical: Lexical, call_of: CallOf
-) -> None:
-    folder = RunFolder(str(tmp_path), "dead")
-    with folder.alive():
-        dead = Run(folder, lexical, call_of)
-        dead.pay("alpha")
-        assert dead.claim("beta") == "-"
-        assert run("one").claim(*WORDS) == "ft-"
-    assert (folder.path / "claims").exists()
-    assert run("two").claim("alpha", "beta") == "f-"
-    folder.lock.unlink()
-    assert run("three").claim("alpha", "beta") == "ft"
+def test_claims_of_a_run_that_died_do_not_count(run: Callable[..., Run]) -> None:
+    dead, one = run("dead"), run("one")
+    dead.pay("alpha")
+    assert dead.claim("beta") == "-"
+    assert one.claim(*WORDS) == "ft-"
+    one.claims.release(1)
+    dead.ends()
+    assert len(claims_in(dead.folder)) == 1
+    assert one.claim(*WORDS) == "f--"
 
 
 def test_an_answer_is_found_wherever_it_is_on_its_way(run: Callable[..., Run]) -> None:
@@ -144,19 +156,19 @@ def test_an_answer_is_found_wherever_it_is_on_its_way(run: Callable[..., Run]) -
 
 
 def test_what_a_run_paid_that_came_and_went_unseen_is_found(
-    tmp_path: Path, run: Callable[..., Run], lexical: Lexical, call_of: CallOf
+    tmp_path: Path, run: Callable[..., Run]
 ) -> None:
     one = run("one")
     assert one.claim("alpha") == "-"
-    with RunFolder(str(tmp_path), "short").alive():
-        short = Run(RunFolder(str(tmp_path), "short"), lexical, call_of)
-        short.pay("beta")
-        fold(short.folder, short.cache)
-        short.folder.forget_notes()
-    assert not short.folder.path.exists()
-    assert one.claim("alpha", "beta") == "-f"
-    assert one.claim("beta", batch=2) == "f"
-    assert not one.claims._file(2).exists()  # noqa: SLF001 - nothing is held for nothing
+    short = run("short")
+    short.pay("beta")
+    fold(short.folder, short.cache)
+    short.folder.forget_notes()
+    short.ends()
+    assert storage_at(str(tmp_path)).folders("runs") == ["one"]
+    assert one.claim("gamma", "beta", batch=2) == "-f"
+    assert one.claim("beta", batch=3) == "f"
+    assert len(claims_in(one.folder)) == 2  # nothing is held for nothing
 
 
 @given(st.integers(0, 40), st.integers(0, 20), st.integers(0, 20))
@@ -165,7 +177,7 @@ def test_hashes_are_the_same_in_a_file(size: int, start: int, length: int) -> No
     assert claims._hashes(claims._bytes(column)).to_pylist() == column.to_pylist()  # noqa: SLF001
 
 
-def test_of_runs_that_claim_at_once_exactly_one_gets_a_text(run: Callable[..., Run]) -> None:
+def test_of_runs_that_claim_at_once_at_most_one_gets_a_text(run: Callable[..., Run]) -> None:
     runs, rounds = [run(name) for name in "abc"], 60
     start = threading.Barrier(len(runs))
 
@@ -178,43 +190,79 @@ def test_of_runs_that_claim_at_once_exactly_one_gets_a_text(run: Callable[..., R
 
     with ThreadPoolExecutor() as threads:
         claimed = list(threads.map(claims_of, runs))
-    assert [sorted(each) for each in zip(*claimed, strict=True)] == [["---", "ttt", "ttt"]] * rounds
+    got = [sum(one == "---" for one in each) for each in zip(*claimed, strict=True)]
+    assert set(got) <= {0, 1}
 
 
-def test_no_answer_is_missed_while_it_moves_on(run: Callable[..., Run]) -> None:
-    """The other one pays, lets go and folds, text for text; what it had once is never free."""
-    one, two = run("one"), run("two")
-    texts = [f"text {number}" for number in range(45)]
-    claimed = threading.Semaphore(0)
+Step = Callable[["Run", str, int], None]
 
-    def pay_all() -> None:
-        for number, text in enumerate(texts):
-            assert two.claim(text, batch=number) == "-"
-            claimed.release()
-            two.pay(text, batch=number)
-            two.claims.release(number)
-            if number % 3:
-                fold(two.folder, two.cache)
 
-    with ThreadPoolExecutor() as threads:
-        paying = threads.submit(pay_all)
-        known = 0
-        while known < len(texts):
-            claimed.acquire()
-            known += 1
-            assert "-" not in one.claim(*texts[max(0, known - 5) : known], batch=known)
-        paying.result()
-    assert one.claim(*texts) == "f" * len(texts)
+def dies(one: Run, text: str, batch: int) -> None:
+    one.pay(text, batch=batch)
+    one.ends()
+
+
+def lets_go(one: Run, text: str, batch: int) -> None:
+    one.pay(text, batch=batch)
+    one.claims.release(batch)
+
+
+def folds(one: Run, text: str, batch: int) -> None:
+    lets_go(one, text, batch)
+    fold(one.folder, one.cache)
+
+
+@pytest.mark.parametrize("step", [dies, lets_go, folds])
+def test_no_answer_is_missed_that_moves_on_while_it_is_looked_for(
+    run: Callable[..., Run], step: Step
+) -> None:
+    """At whatever line of the look the other run moves on, what it has paid is not free."""
+    one, two, line, reached = run("one"), run("two"), 0, True
+    while reached:
+        line += 1
+        if not two.living:
+            two = run(f"two-{line}")
+        text = f"text {line}"
+        assert two.claim(text, batch=line) == "-"
+        with at_line(line, lambda: step(two, text, line)) as came:  # noqa: B023
+            assert one.claim(text, batch=line) in {"f", "t"}
+        reached = came()
+        two.claims.release(line)
+    assert line > 30
+
+
+@contextmanager
+def at_line(number: int, act: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Do something when so many lines of tasks/claims.py are reached; says whether they were."""
+    seen, done = set[int](), False
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal done
+        if frame.f_code.co_filename != claims.__file__ or done:
+            return None
+        if event == "line":
+            seen.add(frame.f_lineno)
+            if len(seen) == number:
+                done = True
+                sys.settrace(None)
+                act()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield lambda: done
+    finally:
+        sys.settrace(before)
 
 
 def test_vectors_found_elsewhere_are_taken_up_wherever_they_went(
-    tmp_path: Path, run: Callable[..., Run], lexical: Lexical, call_of: CallOf
+    tmp_path: Path, run: Callable[..., Run], lexical: Lexical
 ) -> None:
-    one, two = run("one"), run("two")
+    one, two, dead = run("one"), run("two"), run("dead")
     two.pay("alpha", "other")
-    with RunFolder(str(tmp_path), "dead").alive():
-        dead = Run(RunFolder(str(tmp_path), "dead"), lexical, call_of)
-        dead.pay("beta")
+    dead.pay("beta")
+    dead.ends()
     assert one.claim(*WORDS) == "ff-"
     recover(str(tmp_path), lambda _folder, _calls: None)
     take_up(one.cache, str(tmp_path), hashes("alpha", "beta"))
@@ -280,6 +328,7 @@ def embedding(tmp_path: Path, ref: Ref) -> Iterator[Callable[..., Embedding]]:
             living.callback(forget_sender, folder)
             threads = living.enter_context(ThreadPoolExecutor())
             terms: Any = Terms(provider, folder, 0.0)
+            living.callback(sender_of(terms).stop, RunStopped("The test has ended."))
             return Embedding(terms, ref, threads)
 
         yield make
@@ -309,7 +358,7 @@ def test_a_text_that_another_run_is_sending_is_waited_for_and_not_sent(
     # What is its own goes first; meanwhile it holds neither slot nor turn, nor a claim.
     assert soon(lambda: second.calls == [["gamma"]])
     assert two.start("delta").result(10).texts == 1
-    assert not list((two.terms.folder.path / "claims").iterdir())
+    assert claims_in(two.terms.folder) == []
     assert not waiting.done()
     first.open.set()
     assert texts_of(sending.result(10)) == (2, [])

@@ -130,11 +130,11 @@ def embed(ref: Callable[..., TableRef], folder: RunFolder) -> Embed:
     return run
 
 
-def known(embedded: Embedded) -> dict[bytes, list[float]]:
+def known(folder: RunFolder, embedded: Embedded) -> dict[bytes, list[float]]:
     """What stands in the journal of a batch: vectors by text_hash."""
     found: dict[bytes, list[float]] = {}
-    for path in embedded.answers:
-        answer = read_answer(path)
+    for name in embedded.answers:
+        answer = read_answer(folder, name)
         assert answer is not None
         for row in answer.table.to_pylist():
             assert row["text_hash"] not in found
@@ -152,11 +152,11 @@ def test_an_answer_is_durable_and_can_be_read(embed: Embed, folder: RunFolder) -
     found = embed(provider)
     assert tuple(folder.answers) == found.answers
     assert provider.calls == [WORDS]
-    assert known(found) == vectors_of(*WORDS)
-    answer = read_answer(found.answers[0])
+    assert known(folder, found) == vectors_of(*WORDS)
+    answer = read_answer(folder, found.answers[0])
     assert answer is not None
     assert answer.space == provider.space
-    assert not list(found.answers[0].parent.glob("*.tmp"))
+    assert not list(Path(folder.state_uri).rglob("*.tmp"))
 
 
 def test_the_call_is_noted_with_what_it_cost(embed: Embed, folder: RunFolder) -> None:
@@ -240,7 +240,7 @@ def test_limits_that_come_with_an_answer_reach_the_limiter(embed: Embed, folder:
 
 def test_a_throttled_call_is_sent_again_and_is_no_retry(embed: Embed, folder: RunFolder) -> None:
     provider = ScriptedProvider([ProviderThrottled("slow down", retry_after=0.05)])
-    assert known(embed(provider)) == vectors_of(*WORDS)
+    assert known(folder, embed(provider)) == vectors_of(*WORDS)
     assert [(call.status, call.cause, call.attempt) for call in folder.calls()] == [
         ("ProviderThrottled", "first", 1),
         ("ok", "wait", 1),
@@ -257,15 +257,15 @@ def test_a_batch_too_large_is_split_by_what_the_provider_takes(
     texts = [f"word{number}" for number in range(20)]
     provider = ScriptedProvider(most=most)
     found = embed(provider, *texts)
-    assert known(found) == vectors_of(*texts)
+    assert known(folder, found) == vectors_of(*texts)
     assert (found.texts, found.refused) == (20, ())
     assert [call.status for call in folder.calls()].count("BatchTooLarge") == 1
     assert len(provider.calls) == 1 + math.ceil(20 / most)
 
 
-def test_a_batch_too_large_for_no_known_reason_is_halved(embed: Embed) -> None:
+def test_a_batch_too_large_for_no_known_reason_is_halved(embed: Embed, folder: RunFolder) -> None:
     provider = ScriptedProvider([BatchTooLarge("413", learned=Learned(), tokens=None)])
-    assert known(embed(provider)) == vectors_of(*WORDS)
+    assert known(folder, embed(provider)) == vectors_of(*WORDS)
     assert provider.calls == [WORDS, WORDS[:2], WORDS[2:]]
 
 
@@ -297,7 +297,7 @@ def test_bad_texts_are_found_and_all_others_embedded(  # noqa: PLR0917
     found = embed_batch(Batch(1, ref(BATCH, rows), size), Terms(provider, folder, 0.0), 1)
     forget_sender(folder)
     good = [text for text in texts if text not in bad]
-    assert known(found) == vectors_of(*good)
+    assert known(folder, found) == vectors_of(*good)
     assert found.texts == len(good)
     assert {text.text_hash for text in found.refused} == set(map(text_hash, bad))
     calls = [call for call in provider.calls if call != [PROOF]]
@@ -349,7 +349,7 @@ def test_collect_reports_a_bad_text_but_would_send_it_again(embed: Embed) -> Non
     assert found.texts == 2
 
 
-def test_a_retry_sends_only_what_is_missing(embed: Embed) -> None:
+def test_a_retry_sends_only_what_is_missing(embed: Embed, folder: RunFolder) -> None:
     texts = [f"word{number}" for number in range(8)]
     provider = ScriptedProvider(bad=frozenset(["word1"]))
     provider.script = [None, None, None, None, None, ProviderBusy("503")]
@@ -358,7 +358,7 @@ def test_a_retry_sends_only_what_is_missing(embed: Embed) -> None:
     sent = {text for call in provider.calls for text in call if not provider.bad & set(call)}
     provider.calls.clear()
     found = embed(provider, *texts, attempt=2)
-    assert known(found) == vectors_of(*(text for text in texts if text != "word1"))
+    assert known(folder, found) == vectors_of(*(text for text in texts if text != "word1"))
     assert [text.text_hash for text in found.refused] == [text_hash("word1")]
     assert (found.texts, found.batch) == (7, 4)
     assert not {"word0", "word1"} & {text for call in provider.calls for text in call}
@@ -377,7 +377,7 @@ def test_a_text_that_never_gets_a_good_vector_is_refused_and_the_others_go_on(
         with pytest.raises(AnswerRejected, match="1 of"):
             embed(provider, attempt=attempt)
     found = embed(provider, attempt=3)
-    assert known(found) == vectors_of("alpha", "gamma")
+    assert known(folder, found) == vectors_of("alpha", "gamma")
     assert [text.text_hash for text in found.refused] == [text_hash("beta")]
     assert "zeros" in found.refused[0].reason
     statuses = [call.status for call in folder.calls() if call.batch == 4]
@@ -472,7 +472,7 @@ def test_a_rejected_answer_leaves_nothing_behind(embed: Embed, folder: RunFolder
     with pytest.raises(AnswerRejected):
         embed(ScriptedProvider([answer_with(GOOD[:2])], dimension=4))
     assert folder.answers == []
-    assert not list(folder.path.glob("answers/*"))
+    assert not list((Path(folder.state_uri) / "runs").rglob("*.arrow"))
 
 
 @given(st.permutations(range(5)))

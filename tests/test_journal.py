@@ -21,19 +21,22 @@ from tasks.cache import Cache
 from tasks.errors import EmbedOnceError
 from tasks.journal import (
     Call,
+    Refused,
     RunFolder,
+    StoredAnswer,
     fold,
     read_answer,
     unfolded_answers,
     unfolded_hashes,
 )
 from tasks.keys import hash_column, text_hash
+from tasks.providers import Space
 from tasks.providers.lexical import Lexical
 from tasks.recover import Recovered, recover
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["alpha", "beta", "gamma"]
-Write = Callable[..., Path]
+Write = Callable[..., str]
 Paid = Callable[..., pa.Table]
 Folder = Callable[..., RunFolder]
 CallOf = Callable[..., Call]
@@ -43,7 +46,7 @@ CallOf = Callable[..., Call]
 def write(lexical: Lexical, call_of: CallOf) -> Write:
     """Writes the answer for some texts to a run's journal."""
 
-    def answer(folder: RunFolder, *texts: str, batch: int = 1, provider: Lexical = lexical) -> Path:
+    def answer(folder: RunFolder, *texts: str, batch: int = 1, provider: Lexical = lexical) -> str:
         vectors = provider.embed(texts).vectors
         call = call_of(folder.run_id, batch)
         return folder.write_answer(hashes(*texts), vectors, provider.space, call)
@@ -60,6 +63,11 @@ def hashes(*texts: str) -> pa.Array:
     return hash_column([text_hash(text) for text in texts])
 
 
+def file_of(folder: RunFolder, name: str = "") -> Path:
+    """The file of that name in a state that is a folder; the run's own folder without a name."""
+    return Path(folder.state_uri) / (name or f"runs/{folder.run_id}")
+
+
 def vectors_in(cache: Cache, *texts: str) -> Any:
     return cache.vectors(hashes(*texts)).to_pylist()
 
@@ -71,7 +79,8 @@ def expected(provider: Lexical, *texts: str) -> Any:
 def test_an_answer_comes_back_as_it_was_written(
     tmp_path: Path, write: Write, run_folder: Folder, call_of: CallOf, lexical: Lexical
 ) -> None:
-    found = read_answer(write(run_folder(tmp_path), *WORDS, batch=7))
+    folder = run_folder(tmp_path)
+    found = read_answer(folder, write(folder, *WORDS, batch=7))
     assert found is not None
     assert found.call == call_of("run", 7)
     assert found.space == lexical.space
@@ -83,10 +92,9 @@ def test_a_slice_of_vectors_is_written_as_the_slice(
     tmp_path: Path, run_folder: Folder, call_of: CallOf, lexical: Lexical
 ) -> None:
     vectors = lexical.embed(WORDS).vectors[::-1][:2]
-    path = run_folder(tmp_path).write_answer(
-        hashes(*WORDS).slice(1), vectors, lexical.space, call_of()
-    )
-    found = read_answer(path)
+    folder = run_folder(tmp_path)
+    name = folder.write_answer(hashes(*WORDS).slice(1), vectors, lexical.space, call_of())
+    found = read_answer(folder, name)
     assert found is not None
     assert found.table.column("vector").to_pylist() == expected(lexical, "gamma", "beta")
 
@@ -95,8 +103,8 @@ def test_answers_come_in_the_order_of_their_batches(
     tmp_path: Path, write: Write, run_folder: Folder
 ) -> None:
     folder = run_folder(tmp_path)
-    paths = [write(folder, "alpha", batch=batch) for batch in (10, 2, 1)]
-    assert folder.answers == paths[::-1]
+    names = [write(folder, "alpha", batch=batch) for batch in (10, 2, 1)]
+    assert folder.answers == names[::-1]
 
 
 def test_answers_fold_into_the_cache_in_one_version(
@@ -255,7 +263,7 @@ def test_a_dead_run_is_taken_up_exactly_once(
         (1, 1, "ok"),
         (2, 1, "ok"),
     ]
-    assert not folder.path.exists()
+    assert not file_of(folder).exists()
     cache = Cache(str(tmp_path), lexical.space)
     assert vectors_in(cache, *WORDS) == expected(lexical, *WORDS)
 
@@ -369,7 +377,8 @@ def test_an_answer_that_was_not_finished_is_ignored(
 ) -> None:
     folder = run_folder(tmp_path)
     write(folder, "alpha")
-    write(folder, "beta", batch=2).rename(folder.path / "answers" / "00000002.tmp")
+    beta = file_of(folder, write(folder, "beta", batch=2))
+    beta.rename(beta.with_name(beta.name + ".tmp"))
     assert len(folder.answers) == 1
     assert recover(str(tmp_path), Records()) == Recovered(1)
 
@@ -379,17 +388,25 @@ def test_an_unreadable_answer_is_set_aside_and_counted(
 ) -> None:
     folder = run_folder(tmp_path)
     write(folder, "alpha")
-    bad = write(folder, "beta", batch=2)
+    bad = file_of(folder, write(folder, "beta", batch=2))
     bad.write_bytes(bad.read_bytes()[:-20])
     found = recover(str(tmp_path), Records())
     assert found.vectors == 1
-    assert found.set_aside == (tmp_path / "set-aside" / "run-00000002-01-00001.arrow",)
-    assert found.set_aside[0].exists()
+    assert found.set_aside == (f"{tmp_path}/set-aside/run-answers-00000002-01-00001.arrow",)
+    assert Path(found.set_aside[0]).stat().st_size > 1000
 
 
 @pytest.fixture(scope="session")
 def whole_answer(fresh: Callable[[], Path], write: Write, run_folder: Folder) -> bytes:
-    return write(run_folder(fresh()), *WORDS).read_bytes()
+    folder = run_folder(fresh())
+    return file_of(folder, write(folder, *WORDS)).read_bytes()
+
+
+def stored(state: Path, data: bytes | bytearray) -> StoredAnswer | None:
+    """What the journal makes of these bytes as an answer."""
+    folder, name = RunFolder(str(state), "run"), "runs/run/answers/1.arrow"
+    folder.files.write(name, bytes(data))
+    return read_answer(folder, name)
 
 
 @given(st.data())
@@ -397,9 +414,8 @@ def whole_answer(fresh: Callable[[], Path], write: Write, run_folder: Folder) ->
 def test_a_cut_off_answer_is_never_trusted(
     fresh: Callable[[], Path], whole_answer: bytes, data: st.DataObject
 ) -> None:
-    file = fresh() / "cut.arrow"
-    file.write_bytes(whole_answer[: data.draw(st.integers(0, len(whole_answer) - 1))])
-    assert read_answer(file) is None
+    end = data.draw(st.integers(0, len(whole_answer) - 1))
+    assert stored(fresh(), whole_answer[:end]) is None
 
 
 @given(st.binary(max_size=40), st.booleans(), st.booleans())
@@ -407,9 +423,8 @@ def test_a_cut_off_answer_is_never_trusted(
 def test_garbage_is_never_trusted(
     fresh: Callable[[], Path], garbage: bytes, head: bool, tail: bool
 ) -> None:
-    file = fresh() / "garbage.arrow"
-    file.write_bytes((b"ARROW1\0\0" if head else b"") + garbage + (b"ARROW1" if tail else b""))
-    assert read_answer(file) is None
+    data = (b"ARROW1\0\0" if head else b"") + garbage + (b"ARROW1" if tail else b"")
+    assert stored(fresh(), data) is None
 
 
 @given(st.data())
@@ -420,58 +435,91 @@ def test_an_answer_with_broken_bytes_is_whole_or_set_aside_but_no_crash(
     broken = bytearray(whole_answer)
     at = data.draw(st.integers(0, len(broken) - 1))
     broken[at : at + 4] = data.draw(st.binary(min_size=4, max_size=4))
-    file = fresh() / "broken.arrow"
-    file.write_bytes(bytes(broken))
-    found = read_answer(file)
+    found = stored(fresh(), broken)
     assert found is None or found.table.num_rows <= len(WORDS)
 
 
 @pytest.mark.parametrize("lacking", [b"embed_once.space", b"embed_once.call"])
 def test_a_table_without_its_space_or_call_is_no_answer(
-    tmp_path: Path, write: Write, run_folder: Folder, lacking: bytes
+    tmp_path: Path, whole_answer: bytes, lacking: bytes
 ) -> None:
-    file = write(run_folder(tmp_path), *WORDS)
-    table = pa.ipc.open_file(file.read_bytes()).read_all()
+    table = pa.ipc.open_file(whole_answer).read_all()
     metadata = {key: value for key, value in table.schema.metadata.items() if key != lacking}
-    rewrite(file, table.replace_schema_metadata(metadata))
-    assert read_answer(file) is None
+    assert stored(tmp_path, rewritten(table, metadata)) is None
 
 
 def test_an_answer_of_another_dimension_than_its_space_is_no_answer(
-    tmp_path: Path, write: Write, run_folder: Folder
+    tmp_path: Path, whole_answer: bytes
 ) -> None:
-    file = write(run_folder(tmp_path), *WORDS)
-    table = pa.ipc.open_file(file.read_bytes()).read_all()
+    table = pa.ipc.open_file(whole_answer).read_all()
     space = json.loads(table.schema.metadata[b"embed_once.space"]) | {"dimension": 64}
     metadata = {**table.schema.metadata, b"embed_once.space": json.dumps(space).encode()}
-    rewrite(file, table.replace_schema_metadata(metadata))
-    assert read_answer(file) is None
+    assert stored(tmp_path, rewritten(table, metadata)) is None
 
 
-def rewrite(file: Path, table: pa.Table) -> None:
-    with pa.ipc.new_file(str(file), table.schema) as writer:
+def rewritten(table: pa.Table, metadata: dict[bytes, bytes]) -> bytes:
+    """The table as a file again, with other metadata."""
+    table, sink = table.replace_schema_metadata(metadata), pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
 
 
 # Calls
 
 
-def test_a_torn_line_hides_no_other_call(
+def test_a_note_cut_off_hides_no_other_call_and_is_set_aside(
     tmp_path: Path, write: Write, run_folder: Folder, call_of: CallOf
 ) -> None:
     folder = run_folder(tmp_path)
     folder.note(call_of(batch=1, status="ProviderBusy"))
-    write(folder, "alpha", batch=2)
-    write(folder, "beta", batch=3)
-    file = folder.path / "calls.jsonl"
-    text = file.read_text()
-    for end in range(text.rindex("\n", 0, -1) + 1, len(text)):
-        file.write_text(text[:end])
-        assert [(call.batch, call.status) for call in folder.calls()] == [
-            (1, "ProviderBusy"),
-            (2, "ok"),
-            (3, "ok"),
-        ]
+    (first,) = notes(folder, "calls")
+    folder.note(call_of(batch=2, status="ProviderBusy"))
+    folder.refuse(folder_space := Space("voyage", "voyage-4", 64), Refused(b"1" * 16, "bad"))
+    write(folder, "alpha", batch=3)
+    (torn,) = set(notes(folder, "calls")) - {first}
+    (refused,) = notes(folder, "refused")
+    whole = {note: note.read_bytes() for note in (torn, refused)}
+    for note, text in whole.items():
+        for end in (0, 1, len(text) // 2, len(text) - 1):
+            note.write_bytes(text[:end])
+            expected = [1, 2, 3] if note == refused else [1, 3]
+            assert sorted(call.batch for call in folder.calls()) == expected
+            assert (folder_space.id in folder.refused()) == (note == torn)
+        note.write_bytes(text)
+    for note, text in whole.items():
+        note.write_bytes(text[:-1])
+    (file_of(folder) / "run.json").write_bytes(b'{"run_id": "ru')
+    folder.forget_notes()
+    assert len(folder.names()) == 3  # the answer, and what cannot be read
+    found = recover(str(tmp_path), Records())
+    assert {Path(each).name.split("-")[1] for each in found.set_aside} == {
+        "calls",
+        "refused",
+        "run.json",
+    }
+    assert all(Path(each).is_file() for each in found.set_aside)
+
+
+def notes(folder: RunFolder, kind: str) -> list[Path]:
+    return sorted((file_of(folder) / kind).iterdir())
+
+
+def test_the_calls_of_what_was_folded_are_still_known_if_the_run_dies_then(
+    tmp_path: Path, write: Write, run_folder: Folder, cache: Cache
+) -> None:
+    folder = run_folder(tmp_path)
+    names = [write(folder, word, batch=batch) for batch, word in enumerate(WORDS, 1)]
+    last = file_of(folder, names[2]).read_bytes()
+    fold(folder, cache, names[1:])
+    assert folder.answers == names[:1]
+    assert sorted(call.batch for call in folder.calls()) == [1, 2, 3]
+    file_of(folder, names[2]).write_bytes(last)  # as if it had died before that one went
+    fold(folder, cache)
+    assert sorted(call.batch for call in folder.calls()) == [1, 2, 3]
+    records = Records()
+    assert recover(str(tmp_path), records) == Recovered(0)
+    assert sorted(call.batch for call in records.calls) == [1, 2, 3]
 
 
 def test_calls_in_their_answer_and_in_the_notes_count_once(
@@ -493,7 +541,7 @@ def test_a_folder_stays_only_while_it_holds_something(
     folder = RunFolder(str(tmp_path), "run")
     with folder.alive():
         (folder.staging / "t.arrow").touch()
-    assert not folder.path.exists()
+    assert not list((tmp_path / "runs").iterdir())
     with folder.alive():
         write(folder, "alpha")
     assert folder.answers
@@ -503,7 +551,7 @@ def test_a_folder_stays_only_while_it_holds_something(
     assert folder.calls()
     with folder.alive():
         folder.forget_notes()
-    assert not folder.path.exists()
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_a_plan_sees_the_answers_that_nobody_folded(
@@ -512,7 +560,7 @@ def test_a_plan_sees_the_answers_that_nobody_folded(
     write(run_folder(tmp_path, "one"), "alpha", "beta")
     two = run_folder(tmp_path, "two")
     write(two, "gamma", provider=Lexical(64, lexical.limits))
-    write(two, "gamma", batch=2).write_bytes(b"torn")
+    file_of(two, write(two, "gamma", batch=2)).write_bytes(b"torn")
     found = unfolded_hashes(str(tmp_path), lexical.space)
     assert [column.to_pylist() for column in found] == [hashes("alpha", "beta").to_pylist()]
 
@@ -522,23 +570,19 @@ def test_answers_of_a_living_run_can_be_remembered_while_it_keeps_them(
 ) -> None:
     folder = RunFolder(str(tmp_path), "living")
     with folder.alive():
-        answer = write(folder, *WORDS)
+        answer = file_of(folder, write(folder, *WORDS))
         found = unfolded_answers(str(tmp_path), lexical.space)
         assert cache.remember(one.table for one in found) == 3
         assert answer.exists()
     assert vectors_in(cache, *WORDS) == expected(lexical, *WORDS)
 
 
-def test_an_answer_with_a_flipped_bit_is_never_trusted(
-    tmp_path: Path, write: Write, run_folder: Folder
-) -> None:
-    answer = write(run_folder(tmp_path), *WORDS)
-    assert read_answer(answer) is not None
-    whole = bytearray(answer.read_bytes())
+def test_an_answer_with_a_flipped_bit_is_never_trusted(tmp_path: Path, whole_answer: bytes) -> None:
+    whole = bytearray(whole_answer)
+    assert stored(tmp_path, whole) is not None
     middle = whole.index(hash_column([text_hash(WORDS[0])]).buffers()[1].to_pybytes()[:16])
     whole[middle + 2000] ^= 1
-    answer.write_bytes(whole)
-    assert read_answer(answer) is None
+    assert stored(tmp_path, whole) is None
 
 
 def test_many_vectors_keep_their_texts(tmp_path: Path, lexical: Lexical) -> None:

@@ -145,7 +145,7 @@ def test_a_source_without_a_known_kind_is_refused(load: Load) -> None:
 
 
 def test_all_that_is_wrong_is_said_at_once(load: Load) -> None:
-    said = refusal(load, nmae="x", limits={"tier": 9}, state={"uri": "s3://bucket/state"})
+    said = refusal(load, nmae="x", limits={"tier": 9}, state={"uri": "ftp://bucket/state"})
     assert [line.split(":")[0].strip() for line in said.splitlines()[1:]] == [
         "limits.tier",
         "state.uri",
@@ -230,11 +230,28 @@ def test_a_later_setting_wins(load: Load) -> None:
     assert load("name=one", "name=two").name == "two"
 
 
-@pytest.mark.parametrize("part", ["source", "index", "state"])
-def test_object_storage_is_refused_by_name(load: Load, part: str) -> None:
-    key = "path" if part == "source" else "uri"
-    said = refusal(load, **{part: {**FILES[part], key: "s3://bucket/x"}})
-    assert f"  {part}.{key}: object storage is not supported yet" in said
+def test_a_source_in_object_storage_is_refused(load: Load) -> None:
+    said = refusal(load, source={**FILES["source"], "path": "s3://bucket/x"})
+    assert "  source.path: only index.uri and state.uri may be in object storage" in said
+
+
+@pytest.mark.parametrize("part", ["index", "state"])
+def test_an_address_in_object_storage_is_written_one_way_only(load: Load, part: str) -> None:
+    for uri in ("s3://bucket/a/b", "s3://bucket/a//b/"):
+        config = load(**{part: {**FILES[part], "uri": uri}})
+        assert getattr(config, part).uri == "s3://bucket/a/b"
+    for uri, said in (
+        ("https://bucket/x", "begins with s3://, gs://"),
+        ("s3://", "write s3://bucket/prefix"),
+        ("s3:///x", "write s3://bucket/prefix"),
+        ("s3://bucket/../x", "write s3://bucket/prefix"),
+        ("s3://key:secret@bucket/x", "keys and endpoint come from the environment"),
+        ("s3://bucket/x?endpoint=y", "keys and endpoint come from the environment"),
+    ):
+        assert f"  {part}.uri: " in (
+            refused := refusal(load, **{part: {**FILES[part], "uri": uri}})
+        )
+        assert said in refused
 
 
 def paths_of(config: Config) -> list[str]:

@@ -90,11 +90,12 @@ def test_what_a_killed_run_found_out_is_not_found_out_again(
         dead.note(call_of("dead", status="BatchRefused"))
         dead.refuse(HERE, refused("a"))
         dead.refuse(THERE, refused("b", lasting=False))
-    with (dead.path / "refused.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"space": "x", "text_ha')  # cut off by the kill
-    recover(str(tmp_path), record_death)
+    torn = tmp_path / "runs/dead/refused/torn.json"
+    torn.write_text('[{"space": "x", "text_ha', encoding="utf-8")
+    assert len(recover(str(tmp_path), record_death).set_aside) == 1
     assert Quarantine(str(tmp_path), HERE.id).reasons == {text_hash("a"): "bad"}
     assert Quarantine(str(tmp_path), THERE.id).reasons == {}
     assert list(Ledger(str(tmp_path)).calls()["status"]) == ["BatchRefused"]
     assert list(Ledger(str(tmp_path)).runs()["state"]) == ["died"]
-    assert not dead.path.exists()
+    assert not dead.names()
+    assert not (tmp_path / "runs/dead").exists()

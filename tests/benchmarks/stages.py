@@ -231,9 +231,9 @@ def _rows(table: TableRef) -> int:
     return table.rows
 
 
-def _groups(answers: Sequence[Embedded]) -> Iterator[list[Path]]:
+def _groups(answers: Sequence[Embedded]) -> Iterator[list[str]]:
     """The files of `answers`, about FOLD_TEXTS texts at a time."""
-    group: list[Path] = []
+    group: list[str] = []
     texts = 0
     for answer in answers:
         group += answer.answers
