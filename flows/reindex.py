@@ -23,6 +23,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.cancelling import CANCELS, ENDS, Whole, by_hand, settle, told
 from tasks.artifacts import ProgressArtifact, publish_report
+from tasks.claims import Shared, take_up
 from tasks.embed import Embedded, embed_batch, retry_when_busy
 from tasks.errors import EmbedOnceError, RunStopped, SettingsError, StorageFailed
 from tasks.fill import Filled, Filling
@@ -178,6 +179,7 @@ class _Ready:
     found: Survey
     filled: Filled
     reasons: dict[bytes, str]
+    shared: Shared
     sent: LimiterStatistics
 
 
@@ -188,10 +190,10 @@ def _embedded(settings: Config, overrides: Overrides, folder: RunFolder, clock: 
     require_safe(found, overrides)
     with clock.stage("embed"):
         _take_up_known(found)
-        filled, refused, sent = _embed_all(found, folder)
+        filled, refused, shared, sent = _embed_all(found, folder)
         reasons = settle_quarantine(found, overrides, refused, folder.run_id)
     require_few_leave(found, filled)
-    return _Ready(found, filled, reasons, sent)
+    return _Ready(found, filled, reasons, shared, sent)
 
 
 def _published(
@@ -216,6 +218,7 @@ def _published(
         published=published,
         recovered=recovered,
         calls=folder.calls(),
+        shared=ready.shared,
         sent=ready.sent,
         reasons=ready.reasons,
         about=about,
@@ -233,7 +236,9 @@ def _take_up_known(found: Survey) -> None:
     found.cache.remember(answer.table for answer in others)
 
 
-def _embed_all(found: Survey, folder: RunFolder) -> tuple[Filled, list[Refused], LimiterStatistics]:
+def _embed_all(
+    found: Survey, folder: RunFolder
+) -> tuple[Filled, list[Refused], Shared, LimiterStatistics]:
     """Embed what nobody has paid for; the next batches fill while these are in flight.
 
     Args:
@@ -241,7 +246,8 @@ def _embed_all(found: Survey, folder: RunFolder) -> tuple[Filled, list[Refused],
         folder: The run's folder, with its journal.
 
     Returns:
-        What publish needs, the texts that were refused, and what the limiter did.
+        What publish needs, the texts that were refused, what other runs paid for meanwhile,
+        and what the limiter did.
 
     Raises:
         EmbedOnceError: A batch failed for good. All answers that came are in the cache.
@@ -255,7 +261,7 @@ def _embed_all(found: Survey, folder: RunFolder) -> tuple[Filled, list[Refused],
         max_wait_s=config.limits.max_wait,
         shared=config.limits.shared,
     )
-    sender = sender_of(terms)
+    sender = sender_of(terms, found.cache)
     filling = Filling(
         reader=found.reader,
         changes=found.compared.changes,
@@ -292,7 +298,7 @@ def _embed_all(found: Survey, folder: RunFolder) -> tuple[Filled, list[Refused],
             raise
     collected.finish()
     filled = filling.finish(found.refused(collected.refused))
-    return filled, collected.refused, sender.limiter.statistics()
+    return filled, collected.refused, collected.shared, sender.limiter.statistics()
 
 
 class _Collected:
@@ -305,6 +311,7 @@ class _Collected:
         self._unfolded: list[str] = []
         self._waiting = 0
         self._done = 0
+        self.shared = Shared()
         self.flying: list[PrefectFuture[Embedded]] = []
         self.refused: list[Refused] = []
         self.failed: list[Exception] = []
@@ -326,8 +333,9 @@ class _Collected:
     def _keep(self, outcome: Embedded) -> None:
         self._unfolded += outcome.answers
         self.refused += outcome.refused
+        self.shared.add(outcome.found, outcome.found_tokens)
         self._waiting += outcome.texts
-        self._done += outcome.texts + len(outcome.refused)
+        self._done += outcome.texts + len(outcome.refused) + len(outcome.found)
         tell(Progress("embedding", self._done, self._found.packed.texts))
         if self._waiting >= FOLD_TEXTS and not self.failed:
             with self.ending_the_run():
@@ -351,6 +359,7 @@ class _Collected:
         with self.ending_the_run():
             fold(self._folder, self._found.cache)
         if not self.failed:
+            take_up(self._found.cache, self._folder.state_uri, self.shared.hashes)
             return
         first, kept = self.failed[0], "what was paid for is kept"
         with suppress(StorageFailed):

@@ -4,6 +4,7 @@ A hit in the wrong space is impossible: the space names the table. Indexes that 
 `state.uri` share the cache, so a text that any of them paid for is free for all.
 """
 
+import threading
 from collections.abc import Iterable
 
 import numpy as np
@@ -22,7 +23,7 @@ SPACE = b"embed_once.space"
 
 
 class Cache:
-    """Vectors of one space."""
+    """Vectors of one space. While one thread remembers, others may refresh and ask."""
 
     def __init__(self, state_uri: str, space: Space) -> None:
         self.space = space
@@ -33,6 +34,7 @@ class Cache:
         self._row_ids: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
         self._keys = KeySet(self._hashes)
         self._version = 0
+        self._refreshing = threading.Lock()
         self.refresh()
 
     def __len__(self) -> int:
@@ -40,19 +42,20 @@ class Cache:
 
     def refresh(self) -> None:
         """Take up what other runs have added."""
-        if self._table is None:
-            self._table = open_table(self._uri, self.name)
-        if self._table is None:
-            return
-        self._table.checkout_latest()  # type: ignore[no-untyped-call]
-        if self._table.version == self._version:
-            return
-        self._version = self._table.version
-        query = self._table.search().select(["text_hash"]).with_row_id(True)
-        found = query.to_arrow()
-        self._hashes = found.column("text_hash").combine_chunks()
-        self._row_ids = found.column("_rowid").to_numpy()
-        self._keys = KeySet(self._hashes)
+        with self._refreshing:
+            if self._table is None:
+                self._table = open_table(self._uri, self.name)
+            if self._table is None:
+                return
+            self._table.checkout_latest()  # type: ignore[no-untyped-call]
+            if self._table.version == self._version:
+                return
+            self._version = self._table.version
+            query = self._table.search().select(["text_hash"]).with_row_id(True)
+            found = query.to_arrow()
+            self._hashes = found.column("text_hash").combine_chunks()
+            self._row_ids = found.column("_rowid").to_numpy()
+            self._keys = KeySet(self._hashes)
 
     def holds(self, hashes: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
         """For each text_hash whether its vector is here."""

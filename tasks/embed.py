@@ -13,8 +13,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from tasks.claims import Standing
 from tasks.errors import (
     AnswerRejected,
     BatchRefused,
@@ -51,12 +55,16 @@ class Embedded:
         answers: Their names in the journal.
         texts: Texts embedded.
         refused: Texts that no call will embed.
+        found: text_hash of those that other runs have paid for meanwhile.
+        found_tokens: Their estimated tokens.
     """
 
     batch: int
     answers: tuple[str, ...]
     texts: int
     refused: tuple[Refused, ...]
+    found: pa.Array
+    found_tokens: int
 
 
 def embed_batch(batch: Batch, terms: Terms, attempt: int) -> Embedded:
@@ -103,7 +111,7 @@ class _Part:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def take(self, positions: Sequence[int], cause: str) -> "_Part":
+    def take(self, positions: Sequence[int] | npt.NDArray[np.int64], cause: str) -> "_Part":
         return _Part.of(self.rows.take(pa.array(positions, pa.int64())), cause)
 
     def halves(self, cause: str) -> list["_Part"]:
@@ -130,30 +138,38 @@ class _Embedding:
         self._provider = terms.provider
         self._folder = terms.folder
         self._sender = sender_of(terms)
+        self._cause = "first" if attempt == 1 else "retry"
         self._calls = 0
         self._answers = self._sender.answers
         self._suspects: list[tuple[_Part, str]] = []
         self._refused: list[Refused] = []
         self._written: list[str] = []
+        self._put_off: list[pa.Table] = []
+        self._found: list[pa.Table] = []
 
     def run(self) -> Embedded:
         rows = self._unanswered(self._batch.table.load(BATCH))
         todo: deque[_Part] = deque()
         if rows.num_rows:
-            todo.append(_Part.of(rows, "first" if self._attempt == 1 else "retry"))
+            todo.append(_Part.of(rows, self._cause))
         try:
-            while todo:
-                todo.extendleft(reversed(self._send(todo.popleft())))
+            while todo or self._put_off:
+                part = todo.popleft() if todo else self._let_go_by_others()
+                if len(part):
+                    todo.extendleft(reversed(self._send(part)))
         except ProviderBusy:
             if self._believable(len(self._suspects)):
                 self._judge()  # what is known of them need not be found out again
             raise
         self._judge()
+        found = pa.concat_tables([BATCH.empty_table(), *self._found])
         return Embedded(
             self._batch.number,
             tuple(self._written),
-            texts=self._batch.table.rows - len(self._refused),
+            texts=self._batch.table.rows - len(self._refused) - found.num_rows,
             refused=tuple(self._refused),
+            found=found.column("text_hash").combine_chunks(),
+            found_tokens=pc.sum(found.column("tokens")).as_py() or 0,
         )
 
     def _unanswered(self, rows: pa.Table) -> pa.Table:
@@ -175,12 +191,21 @@ class _Embedding:
 
     def _send(self, part: _Part) -> list[_Part]:
         """Send `part`, or as much of it as fits; what comes back is still to be sent."""
+        try:
+            return self._sent(part)
+        finally:  # an answer is in the journal by now
+            self._sender.claims.release(self._batch.number)
+
+    def _sent(self, part: _Part) -> list[_Part]:
         piece, rest = part, list[_Part]()
         try:
-            with self._turn(part.texts) as (fits, turn):
-                if fits < len(part):
-                    piece = part.take(range(fits), part.cause)
-                    rest = [part.take(range(fits, len(part)), "split")]
+            with ExitStack() as stack:
+                since = time.perf_counter()
+                with self._sender.turn:
+                    piece, rest, tokens = self._claimed(part)
+                    if not len(piece):
+                        return rest
+                    turn = stack.enter_context(self._turn(len(piece), tokens, since))
                 vectors, call = self._call(piece.texts, piece.cause, turn)
         except ProviderThrottled:
             return [_Part(piece.rows, "wait", piece.texts), *rest]
@@ -202,16 +227,36 @@ class _Embedding:
         self._sender.learn(piece.texts, call.tokens_billed)
         return rest
 
+    def _claimed(self, part: _Part) -> tuple[_Part, list[_Part], int]:
+        """What of `part` this run may send in one call, what comes after it, and its tokens."""
+        fits, tokens = self._sender.fitting(part.texts)
+        rest = [part.take(range(fits, len(part)), "split")] if fits < len(part) else []
+        piece = part.take(range(fits), part.cause) if rest else part
+        hashes = piece.rows.column("text_hash").combine_chunks()
+        standing = self._sender.claims.claim(self._batch.number, hashes)
+        if standing.free.all():
+            return piece, rest, tokens
+        piece = self._sorted(piece, standing)
+        return piece, rest, self._sender.fitting(piece.texts)[1]
+
+    def _sorted(self, part: _Part, standing: Standing) -> _Part:
+        """What is free of `part`; what is found is noted, and what is taken put off."""
+        self._found.append(part.rows.filter(pa.array(standing.found)))
+        if standing.taken.any():
+            self._put_off.append(part.rows.filter(pa.array(standing.taken)))
+        return part.take(np.flatnonzero(standing.free), part.cause)
+
+    def _let_go_by_others(self) -> _Part:
+        """What another run had claimed and has not embedded; waits until any of it is settled."""
+        rows, self._put_off = pa.concat_tables(self._put_off), []
+        standing = self._sender.wait_for_others(rows.column("text_hash").combine_chunks())
+        return self._sorted(_Part.of(rows, self._cause), standing)
+
     @contextmanager
-    def _turn(self, texts: list[str]) -> Iterator[tuple[int, _Turn]]:
-        """Wait until a call may be sent; how many of `texts` it holds is decided last."""
-        since = time.perf_counter()
-        with ExitStack() as stack:
-            with self._sender.turn:
-                fits, tokens = self._sender.fitting(texts)
-                sending = self._sender.limiter.sending(tokens, splittable=fits > 1)
-                entered = stack.enter_context(sending)
-            yield fits, _Turn(entered, tokens, time.perf_counter() - since)
+    def _turn(self, texts: int, tokens: int, since: float) -> Iterator[_Turn]:
+        """Wait until a call may be sent; `since` is when (seconds) it began to wait."""
+        with self._sender.limiter.sending(tokens, splittable=texts > 1) as sending:
+            yield _Turn(sending, tokens, time.perf_counter() - since)
 
     def _call(self, texts: list[str], cause: str, turn: _Turn) -> tuple[Vectors, Call]:
         """One call to the provider, and its entry for the ledger, written down if it failed."""
@@ -313,7 +358,10 @@ class _Embedding:
     def _prove(self, reason: str) -> None:
         while True:
             try:
-                with self._turn([PROOF]) as (_, turn):
+                with ExitStack() as stack:
+                    with self._sender.turn:
+                        _, tokens = self._sender.fitting([PROOF])
+                        turn = stack.enter_context(self._turn(1, tokens, time.perf_counter()))
                     _, call = self._call([PROOF], "proof", turn)
             except ProviderThrottled:
                 continue

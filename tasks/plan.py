@@ -354,22 +354,22 @@ def chunks_of(survey: Survey, counts: dict[str, int], *, quarantined: int) -> Ch
     )
 
 
-def texts_of(survey: Survey, embedded: int) -> Texts:
-    """Counts of texts for plan and report."""
+def texts_of(survey: Survey, embedded: int, shared: int = 0) -> Texts:
+    """Counts of texts for plan and report; `shared` were paid for by other runs meanwhile."""
     return Texts(
         unique=survey.compared.unique_texts,
-        from_cache=survey.looked_up.from_cache,
+        from_cache=survey.looked_up.from_cache + shared,
         embedded=embedded,
     )
 
 
-def cost_of(survey: Survey, tokens: int) -> Cost:
+def cost_of(survey: Survey, tokens: int, shared_tokens: int = 0) -> Cost:
     """List price of `tokens`, and of what need not be embedded, by cause."""
     usd = survey.facts.usd
     saved = Saved(
         unchanged=usd(survey.compared.unchanged_tokens),
         duplicates=usd(survey.compared.duplicate_tokens),
-        cache=usd(survey.looked_up.cache_tokens),
+        cache=usd(survey.looked_up.cache_tokens + shared_tokens),
     )
     without = usd(tokens) + saved.unchanged + saved.duplicates + saved.cache
     return Cost(usd=usd(tokens), usd_without_reuse=without, saved_usd=saved)

@@ -33,7 +33,8 @@ class Texts(Part):
 
     Attributes:
         unique: In the whole corpus.
-        from_cache: Needed by added, changed or moved chunks and already paid for.
+        from_cache: Needed by added, changed or moved chunks and already paid for, before this
+            run or by another one meanwhile.
         embedded: Paid for in this run.
     """
 

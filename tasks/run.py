@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pyarrow as pa
 
+from tasks.claims import Shared
 from tasks.compare import tally
 from tasks.errors import BatchTooLarge, ProviderThrottled
 from tasks.fill import Filled
@@ -126,6 +127,7 @@ def finished_report(
     published: Published,
     recovered: Recovered,
     calls: Sequence[Call],
+    shared: Shared,
     sent: LimiterStatistics,
     reasons: Mapping[bytes, str],
     about: About,
@@ -155,10 +157,10 @@ def finished_report(
         state=state,
         started_at=about.started_at,
         chunks=chunks_of(survey, counts, quarantined=filled.left_out.num_rows),
-        texts=texts_of(survey, embedded),
+        texts=texts_of(survey, embedded, shared.texts),
         calls=_calls(calls),
         tokens=tokens,
-        cost=cost_of(survey, tokens.billed),
+        cost=cost_of(survey, tokens.billed, shared.tokens),
         seconds=Seconds(
             read=survey.keyed.read_s,
             fingerprint=survey.keyed.fingerprint_s,

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,10 +10,13 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
+from tasks.cache import Cache
+from tasks.claims import POLL_S, Claims, Standing
 from tasks.errors import EmbedOnceError
 from tasks.journal import RunFolder
-from tasks.limiter import Limiter
+from tasks.limiter import TELL_AFTER_S, Limiter
 from tasks.limits import Estimator, Learned, Limits, Packer
 from tasks.progress import tell_waiting
 from tasks.providers import Provider
@@ -58,9 +62,14 @@ class Sender:
         refusals: Texts refused since the last good answer.
         proven: Whether the provider is known to take texts now.
         turn: Held by who decides what to send next, until the limiter lets it go.
+        claims: What it sends, held against what other runs send.
+
+    Args:
+        terms: What all batches of the run share.
+        cache: Vectors known, where this process has them open.
     """
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: Terms, cache: Cache | None = None) -> None:
         self._folder = folder = terms.folder
         self._provider = provider = terms.provider
         self._calibration: Calibration | None = None
@@ -75,6 +84,10 @@ class Sender:
         self._stopped = threading.Event()
         self._at_work = 0
         self._rests = threading.Condition()
+        self._told_of_others = False
+        if cache is None:
+            cache = Cache(folder.state_uri, provider.space)
+        self.claims = Claims(folder, cache)
         self.limiter = Limiter(
             provider.limits,
             max_wait_s=terms.max_wait_s,
@@ -136,6 +149,25 @@ class Sender:
         if tokens is not None and self._calibration is not None:
             self._calibration.too_large(texts, tokens)
 
+    def wait_for_others(self, hashes: pa.Array) -> Standing:
+        """Wait until not all of these texts are on their way in another run.
+
+        However long that takes: it is no outage of the provider.
+
+        Raises:
+            EmbedOnceError: What the sender was stopped with.
+        """
+        since = time.monotonic()
+        while (standing := self.claims.standing(hashes)).taken.all():
+            # Not in step: those that gave way to each other would meet again and again.
+            self._stopped.wait(POLL_S * random.uniform(0.5, 1))  # noqa: S311
+            if self.limiter.stopped:
+                raise self.limiter.stopped
+            if not self._told_of_others and time.monotonic() - since > TELL_AFTER_S:
+                self._told_of_others = True
+                tell_waiting(f"texts that another run is embedding: {len(hashes):,}")
+        return standing
+
     def stop(self, error: EmbedOnceError) -> None:
         """Let nothing more be sent: what waits, and what comes later, ends with `error`."""
         self.limiter.stop(error)
@@ -181,11 +213,11 @@ _senders: dict[RunFolder, Sender] = {}
 _lock = threading.Lock()
 
 
-def sender_of(terms: Terms) -> Sender:
-    """The one that all batches of this run in this process share."""
+def sender_of(terms: Terms, cache: Cache | None = None) -> Sender:
+    """The one that all batches of this run in this process share; made with `cache`."""
     with _lock:
         if terms.folder not in _senders:
-            _senders[terms.folder] = Sender(terms)
+            _senders[terms.folder] = Sender(terms, cache)
         return _senders[terms.folder]
 
 

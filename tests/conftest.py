@@ -12,11 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from tasks.claims import Shared, take_up
 from tasks.embed import embed_batch
 from tasks.fill import Filled, Filling
 from tasks.index import adopt, held, vectors_of
 from tasks.journal import Call, RunFolder, fold, unfolded_answers
-from tasks.keys import hash_column, text_hash
+from tasks.keys import KeySet, hash_column, text_hash
 from tasks.limits import Limits
 from tasks.params import Config, Index, Overrides
 from tasks.plan import Survey, require_safe, survey
@@ -243,13 +244,17 @@ def embed_all(found: Survey, folder: RunFolder, die_after: int | None) -> tuple[
         sizes=sender_of(terms),
         folder=folder.staging,
     )
-    sent: list[str] = []
+    sent, shared = list[str](), Shared()
     for number, batch in enumerate(filling.batches()):
         if number == die_after:
             raise Died
-        embed_batch(batch, terms, attempt=1)
-        sent += batch.table.load(BATCH).column("text").to_pylist()
+        embedded = embed_batch(batch, terms, attempt=1)
+        shared.add(embedded.found, embedded.found_tokens)
+        rows = batch.table.load(BATCH)
+        ours = ~KeySet(embedded.found).holds(rows.column("text_hash"))
+        sent += rows.filter(pa.array(ours)).column("text").to_pylist()
     fold(folder, found.cache)
+    take_up(found.cache, folder.state_uri, shared.hashes)
     forget_sender(folder)
     return filling.finish(found.refused([])), sent
 

@@ -103,8 +103,8 @@ class Storage(ABC):
     uri: str
 
     @abstractmethod
-    def write(self, name: str, data: bytes | pa.Buffer) -> None:
-        """Write a file, whole or not at all; it is durable when this returns."""
+    def write(self, name: str, data: bytes | pa.Buffer, *, durable: bool = True) -> None:
+        """Write a file, whole or not at all; it is durable when this returns, or need not be."""
 
     @abstractmethod
     def read(self, name: str) -> pa.Buffer | None:
@@ -115,12 +115,20 @@ class Storage(ABC):
         """Names of all files below the folder `prefix`, sorted."""
 
     @abstractmethod
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders right below the folder `prefix`, without it; in any order."""
+
+    @abstractmethod
     def delete(self, names: Iterable[str]) -> None:
         """Remove files; one that is not there is no error."""
 
     @abstractmethod
     def delete_all(self, prefix: str) -> None:
         """Remove everything below the folder `prefix`."""
+
+    @abstractmethod
+    def lives(self, name: str) -> bool:
+        """Whether somebody holds the lock `name`; who died may seem to for a while."""
 
     @abstractmethod
     def _holding(

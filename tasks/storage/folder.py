@@ -1,5 +1,6 @@
 """A folder of this machine as storage: files are synced to disk, locks are the system's."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -26,8 +27,8 @@ class Folder(Storage):
         self._path = path
         self._flocks: set[_Flock] = set()
 
-    def write(self, name: str, data: bytes | pa.Buffer) -> None:
-        """Write a file; it survives a power cut once this returns.
+    def write(self, name: str, data: bytes | pa.Buffer, *, durable: bool = True) -> None:
+        """Write a file; if `durable` it survives a power cut once this returns.
 
         Raises:
             StorageFailed: It could not be written, or not be synced.
@@ -41,14 +42,16 @@ class Folder(Storage):
             try:
                 with unfinished.open("wb") as file:
                     file.write(memoryview(data))
-                    file.flush()
-                    os.fsync(file.fileno())
+                    if durable:
+                        file.flush()
+                        os.fsync(file.fileno())
                 unfinished.replace(target)
             except OSError:
                 with suppress(OSError):
                     unfinished.unlink()  # on a full disk it takes the room for something whole
                 raise
-            sync(target.parent)
+            if durable:
+                sync(target.parent)
 
     def read(self, name: str) -> pa.Buffer | None:
         """The bytes of a file, mapped into memory.
@@ -74,6 +77,13 @@ class Folder(Storage):
                 found += [str(below / file) for file in files if not file.endswith(UNFINISHED)]
         return sorted(found)
 
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders right below the folder `prefix`; in any order."""
+        folder = self._path / prefix
+        with self._at(folder, "read"), suppress(FileNotFoundError), os.scandir(folder) as entries:
+            return [entry.name for entry in entries if entry.is_dir()]
+        return []
+
     def delete(self, names: Iterable[str]) -> None:
         """Remove files; one that is not there is no error."""
         for name in names:
@@ -83,6 +93,23 @@ class Folder(Storage):
     def delete_all(self, prefix: str) -> None:
         """Remove the folder `prefix`, as far as the system lets us."""
         shutil.rmtree(self._path / prefix, ignore_errors=True)
+
+    def lives(self, name: str) -> bool:
+        """Whether somebody holds the lock `name`."""
+        file = self._path / name
+        with self._at(file, "read"):
+            try:
+                lock = os.open(file, os.O_RDONLY)
+            except FileNotFoundError:
+                return False
+            try:
+                # Shared: of two that ask at once, neither takes the other for the holder.
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            finally:
+                os.close(lock)
+        return False
 
     @contextmanager
     def _holding(self, name: str, holder: Holder, wait_s: float, told: Told) -> Iterator[Hold]:

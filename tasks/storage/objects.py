@@ -40,11 +40,12 @@ class Objects(Storage):
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._conditional = False
+        self._seen: dict[str, tuple[UpdateVersion, float]] = {}
         with self._at("reached"):
             self._store: ObjectStore = from_url(uri)
 
-    def write(self, name: str, data: bytes | pa.Buffer) -> None:
-        """Write an object in one PUT."""
+    def write(self, name: str, data: bytes | pa.Buffer, *, durable: bool = True) -> None:  # noqa: ARG002
+        """Write an object in one PUT, which is always durable."""
         with self._at("written"):
             # A multipart upload that is cut off leaves parts behind that cost money unseen.
             obstore.put(self._store, name, memoryview(data).cast("B"), use_multipart=False)
@@ -64,6 +65,12 @@ class Objects(Storage):
                 meta["path"] for chunk in obstore.list(self._store, prefix) for meta in chunk
             )
 
+    def folders(self, prefix: str) -> list[str]:
+        """Names that objects below `prefix` share up to the next `/`."""
+        with self._at("read"):
+            found = obstore.list_with_delimiter(self._store, prefix)["common_prefixes"]
+        return [name.removesuffix("/").rpartition("/")[2] for name in found]
+
     def delete(self, names: Iterable[str]) -> None:
         """Remove objects; one that is not there is no error."""
         if gone := list(names):
@@ -73,6 +80,17 @@ class Objects(Storage):
     def delete_all(self, prefix: str) -> None:
         """Remove all objects below `prefix`."""
         self.delete(self.names(prefix))
+
+    def lives(self, name: str) -> bool:
+        """Whether the lease `name` was renewed; one seen for the first time is taken to be."""
+        found = self.lease(name)
+        if found is None or found[0].get("free"):
+            return False
+        version, now = found[1], time.monotonic()
+        seen = self._seen.get(name)
+        if seen is None or seen[0] != version:
+            self._seen[name] = seen = version, now
+        return now - seen[1] < LASTS_S
 
     @contextmanager
     def _holding(self, name: str, holder: Holder, wait_s: float, told: Told) -> Iterator[Hold]:

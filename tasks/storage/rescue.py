@@ -47,6 +47,10 @@ class Rescuing:
         """Names of all files below `prefix`, sorted."""
         return sorted({name for storage in self._both() for name in storage.names(prefix)})
 
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders right below `prefix`, sorted."""
+        return sorted({name for storage in self._both() for name in storage.folders(prefix)})
+
     def delete(self, names: Iterable[str]) -> None:
         """Remove files, wherever they were written."""
         gone = list(names)
