@@ -1,6 +1,7 @@
 """What we need of LanceDB beside its own calls."""
 
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -75,9 +76,15 @@ def writing(what: str) -> Iterator[None]:
         yield
     except (RuntimeError, OSError, ValueError) as error:
         raise EmbedOnceError(
-            f"LanceDB could not write {what}: {str(error).splitlines()[0]} "
+            f"LanceDB could not write {what}: {_in_short(error)}. "
             "What was paid for is kept. See that it can be written and has room, then run again."
         ) from error
+
+
+def _in_short(error: Exception) -> str:
+    """What LanceDB says, without where in its own source that stands."""
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return re.sub(r"^lance error: |LanceError\(\w+\): |, /\S+\.rs:\d+:\d+", "", first).rstrip(". ")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -20,13 +21,16 @@ import requests
 
 from tasks.cache import Cache
 from tasks.errors import IndexHeld, LockLost, SettingsError, StorageFailed
-from tasks.index import held, open_index
+from tasks.index import Identity, held, open_index
 from tasks.journal import Call, RunFolder
 from tasks.keys import hash_column, text_hash
 from tasks.params import Config, Index, Overrides
 from tasks.plan import make_plan, require_runnable
+from tasks.providers import Space
 from tasks.providers.lexical import Lexical
+from tasks.publish import publish
 from tasks.recover import Recovered, recover
+from tasks.schemas import DELETIONS, TableRef, rows_schema
 from tasks.storage import Holder, Taken, local_folder, objects, storage_at
 
 pytestmark = pytest.mark.slow
@@ -393,3 +397,103 @@ def test_a_run_whose_lease_was_taken_over_publishes_nothing(
     assert documents_in(config.index) == ["owl.md", "stork.md"]
     versions = lancedb.connect(config.index.uri).open_table("t").list_versions()
     assert len(versions) == 2
+
+
+class TakenOver(Cache):
+    """While a commit reads its vectors, another run takes the index over."""
+
+    def __init__(self, state_uri: str, space: Space, index: Index) -> None:
+        super().__init__(state_uri, space)
+        self._index = index
+
+    def vectors(self, hashes: pa.Array | pa.ChunkedArray) -> pa.FixedSizeListArray:
+        with held(self._index, "the other"):
+            return super().vectors(hashes)
+
+
+@pytest.fixture
+def standing_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process renews no lease, and one that was not renewed for a moment is taken over."""
+    monkeypatch.setattr(objects, "BEAT_S", 3600.0)
+    monkeypatch.setattr(objects, "LASTS_S", 0.3)
+
+
+@pytest.mark.usefixtures("standing_still")
+@pytest.mark.parametrize("way", ["create", "add", "merge", "overwrite"])
+def test_a_commit_whose_lease_goes_meanwhile_does_not_happen(
+    bucket: str,
+    paid: Callable[..., pa.Table],
+    lexical: Lexical,
+    ref: Callable[..., TableRef],
+    way: str,
+) -> None:
+    index = Index.model_validate({"uri": f"{bucket}/index", "table": "t"})
+    Cache(bucket, lexical.space).remember([paid("alpha", "beta")])
+    texts = {"a": "alpha", "b": "beta"}
+
+    def publish_with(cache: Cache, *ids: str, updates: int = 0, splitter: str = "1") -> None:
+        rows = [{"id": id_, "text": texts[id_], "text_hash": text_hash(texts[id_])} for id_ in ids]
+        with held(index, "ours"):
+            publish(
+                rows=ref(rows_schema([]), rows),
+                deletions=ref(DELETIONS, []),
+                updates=updates,
+                index=index,
+                identity=Identity(lexical.space, splitter),
+                cache=cache,
+                run_id="ours",
+            )
+
+    if way != "create":
+        publish_with(Cache(bucket, lexical.space), "a")
+    table = open_index(index)
+    versions = len(table.list_versions()) if table is not None else 0
+    ids = {"create": ["a"], "add": ["b"], "merge": ["a", "b"], "overwrite": ["b"]}[way]
+    with pytest.raises(LockLost):
+        publish_with(
+            TakenOver(bucket, lexical.space, index),
+            *ids,
+            updates=int(way == "merge"),
+            splitter="2" if way == "overwrite" else "1",
+        )
+    after = open_index(index)
+    if way == "create":
+        assert after is None or after.count_rows() == 0
+    else:
+        assert after is not None
+        assert len(after.list_versions()) == versions
+        assert after.to_arrow().column("id").to_pylist() == ["a"]
+
+
+def test_the_command_keeps_only_logs_and_staging_on_this_machine(
+    bucket: str, tmp_path: Path
+) -> None:
+    write_corpus(tmp_path, "owl", "stork")
+    (tmp_path / "birds.yaml").write_text(
+        "name: birds\n"
+        "source: {kind: files, path: ./corpus}\n"
+        "embedding: {provider: lexical, dimension: 64}\n"
+        f"index: {{uri: '{bucket}/index', table: birds}}\n"
+        f"state: {{uri: '{bucket}/state'}}\n"
+    )
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    for arguments in (["reindex", "birds.yaml"], ["search", "birds.yaml", "an owl"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=200,
+            env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    assert "owl.md" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "birds.yaml",
+        "corpus",
+        "temporary",
+    ]
+    kept = [path for path in (temporary / f"embed-once-{os.getuid()}").rglob("*") if path.is_file()]
+    assert [path.parent.name for path in kept] == ["logs"]

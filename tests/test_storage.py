@@ -14,13 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import lancedb
 import pyarrow as pa
 import pytest
 
 from tasks.cache import Cache
 from tasks.errors import StorageFailed
+from tasks.index import Identity, committing
 from tasks.journal import Call, RunFolder, fold, unfolded_hashes
 from tasks.keys import hash_column, text_hash
+from tasks.params import Index
 from tasks.providers.lexical import Lexical
 from tasks.recover import Recovered, recover
 from tasks.storage import Holder, Taken, local_folder, storage_at
@@ -329,6 +332,21 @@ def test_answers_stay_when_what_was_folded_cannot_be_synced(
         assert folder.answers == []
 
 
+def test_what_is_committed_to_the_index_is_on_disk_before_its_note_goes(
+    tmp_path: Path, lexical: Lexical, index_in: Callable[..., Index], disk: Disk
+) -> None:
+    index = index_in(tmp_path)
+    table = Path(index.uri) / "t.lance"
+    with committing(index, 0):
+        schema = Identity(lexical.space, "").schema([])
+        made = lancedb.connect(index.uri).create_table("t", schema=schema)
+        made.tags.create("gen-1", made.version)
+    gone = disk.asked.index(("remove", "t.committing"))
+    synced = {name for what, name in disk.asked[:gone] if what == "sync"}
+    assert {"gen-1.json", "_versions", "t.lance", "index"} <= synced
+    assert {path.name for path in table.rglob("*")} <= synced
+
+
 # Many at once
 
 MANY = """
@@ -381,8 +399,6 @@ with held(index, f"run-{number}"):
 
 @pytest.mark.slow
 def test_five_processes_at_once_leave_no_row_twice(tmp_path: Path, lexical: Lexical) -> None:
-    from lancedb import connect  # noqa: PLC0415
-
     started = [
         subprocess.Popen(
             [sys.executable, "-c", MANY, str(tmp_path), str(number)],
@@ -399,6 +415,7 @@ def test_five_processes_at_once_leave_no_row_twice(tmp_path: Path, lexical: Lexi
     for process in started:
         process.communicate("go\n")
     assert [process.returncode for process in started] == [0] * 5
+    connect = lancedb.connect
     ids = connect(tmp_path / "index").open_table("t").to_arrow().column("id").to_pylist()
     assert sorted(ids) == sorted(f"id{n}" for n in range(100))
     space = Lexical(64, lexical.limits).space
