@@ -22,7 +22,7 @@ SHOW_CURSOR = "\x1b[?25h"
 
 
 class Signals:
-    """Any of SIGNALS cancels; a second one ends the process at once.
+    """Any of SIGNALS cancels; a second Ctrl-C or SIGTERM ends the process at once.
 
     That is as safe as a kill: what was paid for is in the journal, a commit is done or not
     there. A signal that was ignored from the start, say by `nohup`, stays ignored.
@@ -48,10 +48,12 @@ class Signals:
             for each in heeded:
                 signal.signal(each, before[each])
 
-    def _heed(self, _number: int, _frame: FrameType | None) -> None:
+    def _heed(self, number: int, _frame: FrameType | None) -> None:
         if not self._cancelled:
             self._cancelled = True
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            return  # the shell and the system both send it; nobody is impatient
         cursor = SHOW_CURSOR if os.isatty(self.console) else ""
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(self.console, f"{cursor}embed-once: {ENDED_AT_ONCE}\n".encode())
@@ -125,25 +127,31 @@ def bar_on(console: int) -> Iterator[None]:
 
     from tasks.progress import Progress, listening  # noqa: PLC0415
 
-    with os.fdopen(os.dup(console), "w") as terminal:
-        bar = Bar(
-            SpinnerColumn(),
-            TextColumn("{task.description:<11}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=Console(file=terminal, force_terminal=True),
-            transient=True,
+    terminal = os.fdopen(os.dup(console), "w")
+    bar = Bar(
+        SpinnerColumn(),
+        TextColumn("{task.description:<11}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(file=terminal, force_terminal=True),
+        transient=True,
+    )
+    task = bar.add_task("starting", total=None)
+
+    def show(progress: Progress) -> None:
+        counts: dict[str, Any] = {"completed": progress.done, "total": progress.total or None}
+        bar.update(
+            task,
+            description=progress.note or progress.stage,
+            **({} if progress.note else counts),
         )
-        task = bar.add_task("starting", total=None)
 
-        def show(progress: Progress) -> None:
-            counts: dict[str, Any] = {"completed": progress.done, "total": progress.total or None}
-            bar.update(
-                task,
-                description=progress.note or progress.stage,
-                **({} if progress.note else counts),
-            )
-
-        with bar, listening(show):
+    bar.start()
+    try:
+        with listening(show):
             yield
+    finally:
+        for end in (bar.stop, terminal.close):
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                end()

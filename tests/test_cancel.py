@@ -172,7 +172,7 @@ def test_a_call_in_flight_can_be_given_up(monkeypatch: pytest.MonkeyPatch) -> No
         wait_for(lambda: arrived(simulator), 20)
         provider.give_up()
         thread.join(5)
-    assert ended == ["ProviderBusy"]
+        assert ended == ["ProviderBusy"]
 
 
 def test_a_stopped_sender_lets_no_retry_delay_run_out(tmp_path: Path, lexical: Lexical) -> None:
@@ -338,6 +338,8 @@ def test_no_process_stays_behind(no_server: Home, way: str) -> None:
     else:
         os.killpg(process.pid, signal.SIGHUP)
         os.close(ours)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGHUP)  # the shell sends it as well
     process.wait(60)
     wait_for(lambda: not Path(f"/proc/{server[0]}").exists(), 15)
     if way != "killed":

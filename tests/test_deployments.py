@@ -47,7 +47,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
             env=env, stdout=log, stderr=log,
         )  # fmt: skip
     try:
-        wait_for(lambda: answers(f"{env['PREFECT_API_URL']}/health"), seconds=120)
+        wait_for(lambda: answers(f"{env['PREFECT_API_URL']}/health"), seconds=300)
         yield env
     finally:
         server.terminate()
