@@ -2,7 +2,7 @@
 
 Run it as `python tests/benchmarks/kills.py --moments 50 [--seed N] [--json FILE]`. It needs about
 10 s a moment, uses the Prefect server of PREFECT_API_URL or starts one, and exits with 1 if a
-promise was broken.
+promise was broken. Ctrl-C ends it early, with the figures until then.
 
 At each moment a run of `embed-once reindex`, a first one or an update, is killed with SIGKILL in
 a chosen phase, its rerun too now and then, while another process reads the index all the time.
@@ -42,6 +42,8 @@ from lancedb.table import Table
 from pyarrow import parquet
 
 CONCURRENCY = 4
+BATCHES = 4 * CONCURRENCY
+"""Most batches a run has at work at once, counting answers that are being written down."""
 TEXTS_PER_REQUEST = 5
 LATENCY = {"base_s": 0.02, "jitter_s": 0.01}
 DRAINED_S = 0.3
@@ -476,15 +478,19 @@ class Kill:
     Attributes:
         aimed: The phase it was to hit.
         hit: The phase it did hit.
-        requests: Number of the last request that the provider got before the next run.
-        lost: Texts of requests that were billed and are in no ledger of ours.
-        again: How many of them were paid for again.
+        answered: Requests that the provider had answered when it was killed.
+        requests: Those it had answered before the next run began.
+        in_flight: Requests that were billed and lost, since they were answered after the kill.
+        unwritten: Those that were answered before it, but their answer was not yet durable.
+        again: Texts of either that were paid for again.
     """
 
     aimed: Phase
     hit: Phase
+    answered: int
     requests: int
-    lost: int = 0
+    in_flight: int = 0
+    unwritten: int = 0
     again: int = 0
 
 
@@ -508,7 +514,7 @@ class Moment:
 COMMAND = [sys.executable, "-m", "flows.cli", "reindex"]
 
 
-def kill_one(home: Home, aim: Aim, calls: int) -> Phase:
+def kill_one(home: Home, aim: Aim, calls: int, address: str) -> Kill:
     """Start a run, kill it, and tell where it was."""
     since, begun = Disk.of(home.folder), None
     log = (home.folder / "killed.log").open("ab")
@@ -517,26 +523,30 @@ def kill_one(home: Home, aim: Aim, calls: int) -> Phase:
     )
     log.close()
     started = time.perf_counter()
-    while process.poll() is None:
-        now = Now(since, Disk.of(home.folder), time.perf_counter() - started)
-        if begun is None and now.disk.runs - since.runs:
-            begun = now.disk
-        if aim.trigger(now):
-            time.sleep(aim.delay)
-            break
-        time.sleep(0.001)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    if process.wait() != -signal.SIGKILL:
-        return "ended"
+    try:
+        while process.poll() is None:
+            now = Now(since, Disk.of(home.folder), time.perf_counter() - started)
+            if begun is None and now.disk.runs - since.runs:
+                begun = now.disk
+            if aim.trigger(now):
+                time.sleep(aim.delay)
+                break
+            time.sleep(0.001)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    answered: int = admin(address, "ledger?requests=0")["totals"]["ok"]
+    ended = process.wait() != -signal.SIGKILL
     left = Disk.of(home.folder)
+    time.sleep(DRAINED_S)
     if begun is None and left.runs - since.runs:
         begun = replace(since, runs=left.runs)
-    return phase_hit(since, begun, left, calls)
+    hit = "ended" if ended else phase_hit(since, begun, left, calls)
+    return Kill(aim.phase, hit, answered, len(billed_requests(address)))
 
 
 def billed_requests(address: str) -> list[dict[str, Any]]:
-    """All requests that the provider has billed since the last reset."""
+    """All requests that the provider has billed since the last reset, as it answered them."""
     found: list[dict[str, Any]] = admin(address, "ledger")["requests"]
     return [request for request in found if request["billed_tokens"]]
 
@@ -554,13 +564,8 @@ def one_moment(
         paid = {text for request in billed_requests(bench.address) for text in request["hashes"]}
         calls = -(-len(known.needed - paid) // TEXTS_PER_REQUEST)
         aim = aim_at(aimed, calls, bench.seconds, dice)
-        hit = kill_one(home, aim, calls)
+        moment.kills.append(kill_one(home, aim, calls, bench.address))
         dead |= named_runs(home.folder)
-        time.sleep(DRAINED_S)
-        requests = billed_requests(bench.address)
-        moment.kills.append(
-            Kill(aimed, hit, max((each["ordinal"] for each in requests), default=0))
-        )
     started = time.perf_counter()
     rerun = subprocess.run(
         [*COMMAND, str(home.config)], capture_output=True, text=True, timeout=120, check=False
@@ -621,18 +626,21 @@ def billed_wrongly(
         yield f"{len(set(times) ^ known.needed)} texts were billed needlessly, or not at all"
     lost = Counter[str]()
     start = 0
-    for kill in [*moment.kills, Kill("ended", "ended", sys.maxsize)]:
+    for kill in [*moment.kills, Kill("ended", "ended", len(requests), len(requests))]:
         gone = [
-            request["hashes"]
-            for request in requests
-            if start < request["ordinal"] <= kill.requests and request["request_id"] not in entered
+            (place, request["hashes"])
+            for place, request in enumerate(requests[start : kill.requests], start)
+            if request["request_id"] not in entered
         ]
         start = kill.requests
-        if len(gone) > (0 if kill.hit == "ended" else CONCURRENCY):
+        kill.unwritten = sum(place < kill.answered for place, _ in gone)
+        kill.in_flight = len(gone) - kill.unwritten
+        allowed = (0, 0) if kill.hit == "ended" else (CONCURRENCY, BATCHES)
+        if kill.in_flight > allowed[0] or len(gone) > allowed[1]:
             yield f"{len(gone)} answers to a run that was killed in {kill.hit} are nowhere"
-        texts = [text for hashes in gone for text in hashes]
+        texts = [text for _, hashes in gone for text in hashes]
         lost.update(texts)
-        kill.lost, kill.again = len(texts), sum(times[text] > 1 for text in texts)
+        kill.again = sum(times[text] > 1 for text in texts)
     twice = {text: count for text, count in times.items() if count > 1 + lost[text]}
     if twice:
         yield f"{len(twice)} texts were paid for again though their answer had arrived"
@@ -734,9 +742,9 @@ def prefect_server() -> Iterator[None]:
             del os.environ["PREFECT_API_URL"]
 
 
-def sweep(moments: int, seed: int, folder: Path) -> list[Moment]:
-    """Kill so many times; what became of each moment."""
-    done, known = list[Moment](), dict[Scene, Known]()
+def sweep(moments: int, seed: int, folder: Path) -> Iterator[Moment]:
+    """Kill so many times; what became of each moment, as soon as it is known."""
+    known = dict[Scene, Known]()
     with prefect_server(), simulator(vectors="words", latency=LATENCY) as address:
         bench = Bench(folder, address, Reader(), seconds_of_a_run(folder / "timed", address))
         for number in range(moments):
@@ -748,7 +756,6 @@ def sweep(moments: int, seed: int, folder: Path) -> list[Moment]:
             if number % 4 == 3:
                 aims += dice.sample(LATER, dice.randint(1, 2))
             moment = one_moment(number, known[scene], aims, dice, bench)
-            done.append(moment)
             kills = ", ".join(f"{kill.hit} (at {kill.aimed})" for kill in moment.kills)
             again = sum(kill.again for kill in moment.kills)
             print(
@@ -757,16 +764,15 @@ def sweep(moments: int, seed: int, folder: Path) -> list[Moment]:
                 *(f"\n     BROKEN: {each}" for each in moment.broken),
                 flush=True,
             )
+            yield moment
         bench.reader.close()
-    return done
 
 
 def figures(moments: Sequence[Moment]) -> str:
     """A table by the phase that was hit."""
-    head = (
-        f"{'phase':<10} {'aimed':>5} {'hit':>5} {'again max':>9} {'again sum':>9} {'of billed':>9} "
-    )
-    lines = [f"{head}{'rerun s median':>14} {'max':>5} {'mixed':>6} {'broken':>6}"]
+    head = f"{'phase':<9} {'aimed':>5} {'hit':>4} {'paid again: most':>16} {'sum':>4} {'share':>6} "
+    head += f"{'calls in flight':>15} {'unwritten':>9} {'rerun s: median':>15} {'most':>5} "
+    lines = [f"{head}{'mixed':>5} {'broken':>6}"]
     billed = sum(moment.billed for moment in moments)
     aimed = Counter(kill.aimed for moment in moments for kill in moment.kills)
     hits, last = defaultdict[str, list[Kill]](list), defaultdict[str, list[Moment]](list)
@@ -778,10 +784,12 @@ def figures(moments: Sequence[Moment]) -> str:
         again = [kill.again for kill in hits[phase]]
         reruns = [moment.rerun_s for moment in last[phase]] or [0.0]
         lines.append(
-            f"{phase:<10} {aimed[phase]:>5} {len(again):>5} {max(again, default=0):>9} "
-            f"{sum(again):>9} {sum(again) / max(1, billed):>9.2%} "
-            f"{statistics.median(reruns):>14.1f} {max(reruns):>5.1f} "
-            f"{sum(moment.mixed for moment in last[phase]):>6} "
+            f"{phase:<9} {aimed[phase]:>5} {len(again):>4} {max(again, default=0):>16} "
+            f"{sum(again):>4} {sum(again) / max(1, billed):>6.2%} "
+            f"{sum(kill.in_flight for kill in hits[phase]):>15} "
+            f"{sum(kill.unwritten for kill in hits[phase]):>9} "
+            f"{statistics.median(reruns):>15.1f} {max(reruns):>5.1f} "
+            f"{sum(moment.mixed for moment in last[phase]):>5} "
             f"{sum(bool(moment.broken) for moment in last[phase]):>6}"
         )
     again_all = sum(kill.again for moment in moments for kill in moment.kills)
@@ -807,7 +815,10 @@ def main() -> None:
     logging.disable(logging.WARNING)  # what Prefect says of the runs in this process
     folder = Path(tempfile.mkdtemp(prefix="embed-once-kills-"))
     started = time.perf_counter()
-    moments = sweep(chosen.moments, chosen.seed, folder)
+    moments = list[Moment]()
+    with contextlib.suppress(KeyboardInterrupt):
+        for moment in sweep(chosen.moments, chosen.seed, folder):
+            moments.append(moment)
     print(figures(moments))
     print(f"{time.perf_counter() - started:.0f} s")
     if chosen.json:
