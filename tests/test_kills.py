@@ -41,7 +41,9 @@ def test_a_kill_costs_no_more_than_what_was_in_flight(moments: list[dict[str, An
     for kill in kills:
         assert kill["in_flight"] <= CONCURRENCY
         assert kill["again"] <= (kill["in_flight"] + kill["unwritten"]) * TEXTS_PER_REQUEST
-    assert {kill["hit"] for kill in kills} >= {"read", "embed"}  # runs were killed in earnest
+    hits = [kill["hit"] for kill in kills]
+    assert "embed" in hits
+    assert hits.count("ended") < len(hits) / 3
 
 
 def test_a_reader_sees_whole_generations_alone(moments: list[dict[str, Any]]) -> None:
