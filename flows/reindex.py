@@ -114,7 +114,7 @@ def reindex(config: str, overrides: Overrides = Overrides()) -> Any:
                 settings, overrides, folder, recovered=recovered, clock=clock, about=about
             )
         except EmbedOnceError as error:
-            with suppress(StorageFailed):  # then the next run tells of it
+            with suppress(EmbedOnceError):  # then the next run tells of it
                 failed = ended_report(about, folder.calls(), "failed", str(error), clock.total())
                 _close(failed, folder)
             raise

@@ -214,13 +214,28 @@ def held(index: Index, run_id: str) -> Iterator[None]:
         yield
 
 
-def require_held(index: Index) -> None:
-    """Make sure, just before a commit, that no other run has taken the index over.
+def require_held(index: Index, run_id: str) -> None:
+    """Make sure, just before a commit of a run, that no other one has taken the index over.
 
     Raises:
         LockLost: One has: this process did not renew its lock in time.
     """
-    storage_at(index.uri).require_held(_lock(index))
+    storage_at(index.uri).require_held(_lock(index), run_id)
+
+
+@contextmanager
+def still_held(index: Index, run_id: str) -> Iterator[None]:
+    """Have the block begin only while the index is ours, and say so if it fails because it is not.
+
+    Raises:
+        LockLost: As in `require_held`.
+    """
+    require_held(index, run_id)
+    try:
+        yield
+    except EmbedOnceError:
+        require_held(index, run_id)
+        raise
 
 
 def _lock(index: Index) -> str:

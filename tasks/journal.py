@@ -166,14 +166,14 @@ class RunFolder:
                 self.staging.mkdir(parents=True, exist_ok=True)
                 yield
             finally:
-                shutil.rmtree(self.staging, ignore_errors=True)
+                self._clear_staging()
                 with suppress(StorageFailed):
                     if not self.names():
                         self.remove()
 
     def remove(self) -> None:
         """Remove the folder and its lock, which the caller holds."""
-        shutil.rmtree(self.staging, ignore_errors=True)
+        self._clear_staging()
         self.files.delete_all(self._path())
         storage_at(self.state_uri).delete([self.lock])
 
@@ -274,6 +274,11 @@ class RunFolder:
     def names(self) -> list[str]:
         """Names of all answers and notes."""
         return [name for kind in ("answers", "calls", "refused") for name in self._names(kind)]
+
+    def _clear_staging(self) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)
+        with suppress(OSError):  # where it holds more, it is the journal
+            self.staging.parent.rmdir()
 
     def _path(self, *parts: str) -> str:
         return "/".join(("runs", self.run_id, *parts))

@@ -76,7 +76,7 @@ def writing(what: str) -> Iterator[None]:
     except (RuntimeError, OSError, ValueError) as error:
         raise EmbedOnceError(
             f"LanceDB could not write {what}: {str(error).splitlines()[0]} "
-            "The index is as it was; what was paid for is kept."
+            "What was paid for is kept. See that it can be written and has room, then run again."
         ) from error
 
 

@@ -6,6 +6,7 @@ run takes: create, add, merge or overwrite.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import lancedb
@@ -20,6 +21,7 @@ from tasks.index import (
     generations,
     open_index,
     require_held,
+    still_held,
     tag_generation,
 )
 from tasks.keys import KeySet, digest_column, first_of_each
@@ -97,13 +99,15 @@ def publish(
     if way == "none":
         return _nothing_new(table)
     vectors = _with_vectors(rows, metadata, schema, cache, run_id)
-    new = pa.RecordBatchReader.from_batches(schema, _then(vectors, lambda: require_held(index)))
+    held = partial(require_held, index, run_id)
+    new = pa.RecordBatchReader.from_batches(schema, _then(vectors, held))
     with (
+        still_held(index, run_id),
         writing(f"the index {index.table!r} in {index.uri}"),
         committing(index, 0 if table is None else table.version),
     ):
         if table is None:
-            table = _create(index, schema, new, rows.rows)
+            table = _create(index, schema, new, rows.rows, held)
             expected = rows.rows
         else:
             expected = table.count_rows() + rows.rows - updates - len(gone)
@@ -116,7 +120,7 @@ def publish(
                 table = _overwrite(
                     table, index, schema=schema, new=new, rows=rows, deletions=deletions
                 )
-            _require_rows(table, index, before, expected)
+            _require_rows(table, before, expected, held)
         newest = tag_generation(table)
     return Published(way, newest.number, newest.version, expected)
 
@@ -150,13 +154,19 @@ def _way(table: Table | None, schema: pa.Schema, rows: int, updates: int, deleti
     return "overwrite" if heavy or deletions > MERGE_DELETIONS else "merge"
 
 
-def _create(index: Index, schema: pa.Schema, new: pa.RecordBatchReader, expected: int) -> Table:
+def _create(
+    index: Index,
+    schema: pa.Schema,
+    new: pa.RecordBatchReader,
+    expected: int,
+    require_held: Callable[[], None],
+) -> Table:
     """The first generation, or none at all: a fault while it streams leaves an empty table."""
     connection = lancedb.connect(index.uri)
     table = connection.create_table(index.table, data=new, schema=schema)
     found = table.count_rows()
     if found != expected:
-        require_held(index)  # else it is the table of another run
+        require_held()  # else it may be the table of another run
         connection.drop_table(index.table)
         raise EmbedOnceError(
             f"LanceDB wrote {found} rows of {expected}, so the table was dropped again. "
@@ -241,12 +251,14 @@ def _refuse_repeated(ids: pa.ChunkedArray) -> None:
         )
 
 
-def _require_rows(table: Table, index: Index, before: int, expected: int) -> None:
+def _require_rows(
+    table: Table, before: int, expected: int, require_held: Callable[[], None]
+) -> None:
     """Undo a commit that did not bring what it should."""
     found = table.count_rows()
     if found == expected:
         return
-    require_held(index)  # else it is the commit of another run
+    require_held()  # else it may be the commit of another run
     table.checkout(before)
     table.restore()
     raise EmbedOnceError(

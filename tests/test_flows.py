@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -39,7 +41,7 @@ from tasks.keys import hash_column, text_hash
 from tasks.ledger import Ledger
 from tasks.limits import Learned, Limits
 from tasks.params import Config, Overrides, load_config
-from tasks.plan import survey
+from tasks.plan import make_plan, survey
 from tasks.providers import Answer, Space
 from tasks.providers.lexical import Lexical
 
@@ -394,6 +396,34 @@ def test_a_provider_that_denies_is_asked_once_and_never_again(home: Path) -> Non
     with pytest.raises(EmbedOnceError, match=r"as scripted.*0 texts of 4 are paid for"):
         embedded_with(home, provider, folder)
     assert len(provider.asked) == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskFails(Scripted):
+    """While it answers, the disk below the state goes."""
+
+    def embed(self, texts: Sequence[str]) -> Answer:
+        state = self.folder.parent / "state"
+        if state.exists():
+            state.rename(state.with_name("gone"))
+        return super().embed(texts)
+
+
+def test_a_disk_that_fails_ends_the_run_and_what_was_in_flight_is_kept(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    write(home, **{f"n{number}.txt": f"wolf{number} fox{number}" for number in range(20)})
+    texts = make_plan(config_of(home), Overrides()).texts.embedded
+    (home / "script").mkdir()
+    folder = RunFolder(str(home / "state"), "run-1")
+    said = rf"{home}/state.*its disk is gone.*kept in {tmp_path}.* 2 texts of {texts} are paid for"
+    with pytest.raises(EmbedOnceError, match=said):
+        embedded_with(home, DiskFails(home / "script"), folder)
+    shutil.rmtree(home / "state", ignore_errors=True)
+    (home / "gone").rename(home / "state")
+    report = reindexed(home)
+    assert (report.recovered_vectors, report.texts.embedded) == (2, texts - 2)
 
 
 def test_a_killed_run_costs_nothing_but_what_was_in_flight(home: Path) -> None:

@@ -1,8 +1,12 @@
 """The index says of itself what it is, belongs to one run at a time, and keeps its generations."""
 
+import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -30,6 +34,7 @@ from tasks.index import (
 )
 from tasks.keys import NO_DOCUMENT, digest, document_key, hash_column, text_hash
 from tasks.params import Index
+from tasks.progress import listening
 from tasks.providers import Space
 from tasks.providers.lexical import Lexical
 from tasks.schemas import INDEXED
@@ -306,6 +311,35 @@ def test_holding_leaves_no_table_in_the_database(index: Index, add: Add) -> None
         assert lancedb.connect(index.uri).list_tables().tables == []
         add("alpha")
     assert lancedb.connect(index.uri).list_tables().tables == [index.table]
+
+
+def test_a_run_waits_for_the_index_and_says_for_whom(index: Index) -> None:
+    patient = index.model_copy(update={"max_wait": 30.0})
+    heard, order = list[str](), list[str]()
+
+    def wait() -> None:
+        with held(patient, "second"):
+            order.append("second")
+
+    waiting = threading.Thread(target=wait)
+    with listening(lambda progress: heard.append(progress.note)), held(index, "first"):
+        waiting.start()
+        while not heard:
+            time.sleep(0.01)
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"]
+    who = rf"run first, since 20\S+, on {re.escape(socket.gethostname())} \(process {os.getpid()}\)"
+    assert re.search(f"the index t is held by another run: {who}", heard[0])
+
+
+def test_a_run_that_has_waited_long_enough_is_refused(index: Index) -> None:
+    patient = index.model_copy(update={"max_wait": 0.4})
+    with held(index, "first"):
+        started = time.monotonic()
+        with pytest.raises(IndexHeld, match=r"after 0.4 s: run first"), held(patient, "second"):
+            pass
+        assert 0.4 <= time.monotonic() - started < 5
 
 
 HOLD = """

@@ -154,24 +154,25 @@ class Storage(ABC):
             Taken: Somebody who lives still holds it after `wait_s`.
         """
         with self._holding(name, Holder.here(run_id), wait_s, told) as hold:
-            _holds[self.uri, name] = hold
+            _holds[self.uri, name, run_id] = hold
             try:
                 yield hold
             finally:
-                del _holds[self.uri, name]
+                del _holds[self.uri, name, run_id]
 
-    def require_held(self, name: str) -> None:
-        """Make sure that the lock `name`, where this process holds it, was not taken over.
+    def require_held(self, name: str, run_id: str) -> None:
+        """Make sure that the lock `name`, where this process holds it for the run, is still ours.
 
         Raises:
-            LockLost: It was.
+            LockLost: Another process has taken it over.
+            StorageFailed: The storage does not answer.
         """
-        if hold := _holds.get((self.uri, name)):
+        if hold := _holds.get((self.uri, name, run_id)):
             hold.require()
 
 
-_holds: dict[tuple[str, str], Hold] = {}
-"""What this process holds, by URI and name."""
+_holds: dict[tuple[str, str, str], Hold] = {}
+"""What this process holds, by URI, name and run."""
 
 
 def is_local(uri: str) -> bool:

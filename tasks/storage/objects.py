@@ -48,7 +48,7 @@ class Objects(Storage):
         """Write an object in one PUT, which is always durable."""
         with self._at("written"):
             # A multipart upload that is cut off leaves parts behind that cost money unseen.
-            obstore.put(self._store, name, memoryview(data), use_multipart=False)
+            obstore.put(self._store, name, memoryview(data).cast("B"), use_multipart=False)
 
     def read(self, name: str) -> pa.Buffer | None:
         """The bytes of an object, or None where there is none."""

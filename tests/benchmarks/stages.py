@@ -11,10 +11,12 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +40,7 @@ from tasks.publish import publish
 from tasks.run import peak_bytes
 from tasks.schemas import HASH, Batch, TableRef
 from tasks.sender import Terms, sender_of
+from tasks.storage import storage_at
 
 SEED = 7
 WORDS = 30_000
@@ -49,6 +52,8 @@ CHUNKS_A_DOCUMENT = 20
 ROW_GROUP = 8192
 FOLD_TEXTS = 20_000
 PASSES = 3
+ANSWER = (1000, 1024)
+SYNC_WRITES = 20
 
 R = TypeVar("R")
 
@@ -258,6 +263,19 @@ def bare_pass(path: Path) -> float:
     return min(seconds)
 
 
+def sync_cost(folder: Path) -> float:
+    """Time of a journal write with its syncs over that without; the medians of SYNC_WRITES."""
+    data = np.zeros(ANSWER[0] * ANSWER[1], np.float32).tobytes()
+    storage, seconds = storage_at(str(folder)), dict[bool, list[float]]()
+    for number in range(2 * SYNC_WRITES):
+        synced = number % 2 == 0
+        with nullcontext() if synced else patch("os.fsync"):
+            started = time.perf_counter()
+            storage.write(f"{number}.arrow", data)
+            seconds.setdefault(synced, []).append(time.perf_counter() - started)
+    return float(np.median(seconds[True]) / np.median(seconds[False]))
+
+
 def config_in(folder: Path) -> Config:
     """The corpus, index and state below `folder`."""
     return Config.model_validate(
@@ -290,6 +308,9 @@ def main() -> None:
         _show("nothing changed", unchanged)
         bare = bare_pass(folder / "c.parquet")
         ratio = unchanged.seconds / bare
+        print(
+            f"\nA journal file of {ANSWER} floats: {sync_cost(folder / 'sync'):.2f} times with sync"
+        )
         print(
             f"\nOnly reading and hashing takes {bare:.2f} s: nothing changed is {ratio:.2f} times"
         )

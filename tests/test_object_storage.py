@@ -1,0 +1,395 @@
+"""State and index in an object store: a real S3 server in a process of its own."""
+
+import itertools
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import obstore
+import pyarrow as pa
+import pytest
+import requests
+
+from tasks.cache import Cache
+from tasks.errors import IndexHeld, LockLost, SettingsError, StorageFailed
+from tasks.index import held, open_index
+from tasks.journal import Call, RunFolder
+from tasks.keys import hash_column, text_hash
+from tasks.params import Config, Index, Overrides
+from tasks.plan import make_plan, require_runnable
+from tasks.providers.lexical import Lexical
+from tasks.recover import Recovered, recover
+from tasks.storage import Holder, Taken, local_folder, objects, storage_at
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of an S3 server, which all processes find by the usual variables."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
+    moto = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    variables = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ALLOW_HTTP": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        try:
+            for _ in range(200):
+                with suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                time.sleep(0.05)
+            yield address
+        finally:
+            moto.kill()
+            moto.wait()
+
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def bucket(server: str) -> str:
+    """An empty bucket."""
+    name = f"bucket-{next(NUMBERS)}"
+    requests.put(f"{server}/{name}", timeout=10).raise_for_status()
+    return f"s3://{name}"
+
+
+def names_in(uri: str) -> list[str]:
+    return storage_at(uri).names("")
+
+
+def test_an_object_is_read_as_it_was_written(bucket: str) -> None:
+    storage = storage_at(f"{bucket}/deep/down")
+    large = bytes(range(256)) * 40_000
+    storage.write("a/one", pa.py_buffer(large))
+    storage.write("a/two", b"")
+    storage.write("ab/three", b"3")
+    storage.write("ab/three", b"three")
+    assert [storage.read(name) for name in ("a/one", "a/two", "ab/three")] == [
+        large,
+        b"",
+        b"three",
+    ]
+    assert storage.read("a/none") is None
+    assert storage.names("a") == ["a/one", "a/two"]
+    assert names_in(bucket) == ["deep/down/a/one", "deep/down/a/two", "deep/down/ab/three"]
+    storage.delete(["a/two", "a/none"])
+    assert storage.names("a") == ["a/one"]
+    storage.delete_all("a")
+    assert storage.names("") == ["ab/three"]
+
+
+def test_a_bucket_that_is_not_there_is_said(server: str, tmp_path: Path) -> None:
+    storage = storage_at("s3://no-such-bucket/x")
+    with pytest.raises(StorageFailed, match=r"s3://no-such-bucket/x cannot be written.*bucket"):
+        storage.write("a", b"1")
+    (tmp_path / "corpus").mkdir()
+    config = config_in(tmp_path, "s3://no-such-bucket")
+    with pytest.raises(SettingsError, match=r"index.uri: s3://no-such-bucket/index"):
+        require_runnable(config, Overrides())
+
+
+# Leases
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases of this process last a second, not fifteen."""
+    monkeypatch.setattr(objects, "BEAT_S", 0.2)
+    monkeypatch.setattr(objects, "LASTS_S", 1.0)
+    monkeypatch.setattr(objects, "LOOK_S", 0.1)
+
+
+def test_who_finds_a_lease_taken_is_told_by_whom(bucket: str, quick: None) -> None:
+    storage, told = storage_at(bucket), list[Holder | None]()
+    with storage.held("docs.lock", "first"):
+        started = time.monotonic()
+        with pytest.raises(Taken) as caught, storage.held("docs.lock", "second"):
+            pass
+        assert time.monotonic() - started < 1.0  # it was seen to live
+        assert caught.value.holder is not None
+        assert caught.value.holder.run_id == "first"
+        assert caught.value.holder.host == socket.gethostname()
+        with pytest.raises(Taken), storage.held("docs.lock", "third", 1.5, told.append):
+            pass
+        assert time.monotonic() - started > 1.5
+        assert [holder.run_id for holder in told if holder] == ["first"]
+        with storage.held("other.lock", "fourth"):
+            pass
+    started = time.monotonic()
+    with storage.held("docs.lock", "fifth"):
+        assert time.monotonic() - started < 0.5  # a lease that was given back is free at once
+
+
+def test_who_waits_gets_the_lease_when_it_is_given_back(bucket: str, quick: None) -> None:
+    storage, order = storage_at(bucket), list[str]()
+
+    def second() -> None:
+        with storage.held("docs.lock", "second", wait_s=30):
+            order.append("second")
+
+    waiting = threading.Thread(target=second)
+    with storage.held("docs.lock", "first"):
+        waiting.start()
+        time.sleep(2.5)  # longer than a lease lasts
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"]
+
+
+def test_of_many_that_want_a_lease_one_at_a_time_has_it(bucket: str, quick: None) -> None:
+    storage, inside, most = storage_at(bucket), list[int](), list[int]()
+
+    def work(number: int) -> None:
+        with storage.held("docs.lock", f"run-{number}", wait_s=60):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.05)
+            inside.remove(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 8
+
+
+def test_a_holder_that_stood_still_learns_that_its_lease_was_taken_over(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = storage_at(bucket)
+    monkeypatch.setattr(objects, "BEAT_S", 3600.0)  # as a process that is stopped
+    monkeypatch.setattr(objects, "LASTS_S", 0.5)
+    with storage.held("docs.lock", "first") as hold:
+        hold.require()
+        with storage.held("docs.lock", "second") as other:
+            for _ in range(2):
+                with pytest.raises(LockLost, match="another run has taken it over"):
+                    hold.require()
+            other.require()
+    with storage.held("docs.lock", "third"):
+        pass
+
+
+def test_a_holder_whose_beats_were_lost_keeps_a_lease_that_nobody_wanted(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = storage_at(bucket)
+    monkeypatch.setattr(objects, "BEAT_S", 3600.0)
+    monkeypatch.setattr(objects, "LASTS_S", 0.1)
+    with storage.held("docs.lock", "first") as hold:
+        time.sleep(0.3)
+        hold.require()
+        # The answer to a PUT that went through is lost: the condition of the next one fails.
+        lease = json.loads(bytes(storage.read("docs.lock") or b""))
+        storage.write("docs.lock", json.dumps(lease | {"beat": 99}).encode())
+        hold.require()
+        hold.require()
+
+
+def test_a_store_that_overwrites_whatever_it_is_told_cannot_lock(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = obstore.put
+
+    def deaf(*args: Any, mode: object) -> Any:
+        assert mode == "create"
+        return put(*args)
+
+    monkeypatch.setattr(obstore, "put", deaf)
+    with (
+        pytest.raises(StorageFailed, match="knows conditional writes"),
+        storage_at(bucket).held("docs.lock", "first"),
+    ):
+        pass
+
+
+@contextmanager
+def process(script: str, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    """A Python process that has printed its first line; killed at the end."""
+    command = [sys.executable, "-c", script, *arguments]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert started.stdout is not None
+        assert started.stdout.readline().strip() == "ready"
+        yield started
+    finally:
+        started.kill()
+        started.communicate()
+
+
+HOLD = """
+import sys, time
+from tasks.index import held
+from tasks.params import Index
+with held(Index.model_validate({"uri": sys.argv[1], "table": "t"}), "other-process"):
+    print("ready", flush=True)
+    time.sleep(90)
+"""
+
+
+def test_the_lease_of_a_killed_process_is_taken_over_when_its_time_has_passed(bucket: str) -> None:
+    index = Index.model_validate({"uri": f"{bucket}/index", "table": "t"})
+    with process(HOLD, index.uri) as holder:
+        started = time.monotonic()
+        with pytest.raises(IndexHeld, match=r"other-process.*process \d+"), held(index, "mine"):
+            pass
+        assert time.monotonic() - started < 10
+        holder.kill()
+        holder.wait()
+        started = time.monotonic()
+        with held(index, "mine"):
+            assert 10 < time.monotonic() - started < 25
+
+
+# Runs
+
+
+def config_in(folder: Path, bucket: str, table: str = "t") -> Config:
+    return Config.model_validate(
+        {
+            "name": "stored",
+            "source": {"kind": "files", "path": str(folder / "corpus")},
+            "embedding": {"provider": "lexical", "dimension": 64},
+            "limits": {"texts_per_request": 1},
+            "index": {"uri": f"{bucket}/index", "table": table},
+            "state": {"uri": f"{bucket}/state"},
+        }
+    )
+
+
+def write_corpus(folder: Path, *words: str) -> None:
+    (folder / "corpus").mkdir(exist_ok=True)
+    for word in words:
+        (folder / f"corpus/{word}.md").write_text(f"# {word}\n\nA {word} lives here.\n")
+
+
+def documents_in(index: Index) -> list[str]:
+    table = open_index(index)
+    assert table is not None
+    return sorted(table.to_arrow().column("document").to_pylist())
+
+
+def test_a_run_with_state_and_index_in_a_bucket_pays_once(
+    bucket: str, tmp_path: Path, reindex: Callable[..., Any]
+) -> None:
+    config = config_in(tmp_path, bucket)
+    write_corpus(tmp_path, "owl", "stork", "crane")
+    assert make_plan(config, Overrides()).texts.embedded == 3
+    assert names_in(bucket) == []  # a plan leaves no trace
+    require_runnable(config, Overrides())
+    first = reindex(config)
+    assert (len(first.sent), first.published.way) == (3, "create")
+    again = reindex(config)
+    assert (again.sent, again.published.way) == ([], "none")
+    (tmp_path / "corpus/owl.md").unlink()
+    write_corpus(tmp_path, "heron")
+    third = reindex(config)
+    assert (len(third.sent), third.published.way) == (1, "merge")
+    assert documents_in(config.index) == ["crane.md", "heron.md", "stork.md"]
+    other = reindex(config_in(tmp_path, bucket, "other"))
+    assert other.sent == []
+    assert [name for name in names_in(bucket) if "/runs/" in name] == []
+    assert not list(local_folder(config.state.uri, "runs").glob("*"))
+
+
+def test_answers_of_a_dead_run_in_a_bucket_are_taken_up(
+    bucket: str, tmp_path: Path, reindex: Callable[..., Any], died: type[Exception]
+) -> None:
+    config = config_in(tmp_path, bucket)
+    write_corpus(tmp_path, "owl", "stork", "crane", "heron")
+    with pytest.raises(died):
+        reindex(config, die_after=2)
+    ran = reindex(config)
+    assert (ran.recovered.vectors, len(ran.sent)) == (2, 2)
+    assert len(ran.calls) == 2
+    assert len(documents_in(config.index)) == 4
+
+
+PAY = """
+import sys, time
+from tasks.journal import Call, RunFolder
+from tasks.keys import hash_column, text_hash
+from tasks.limits import Limits
+from tasks.providers.lexical import Lexical
+folder, provider = RunFolder(sys.argv[1], "killed"), Lexical(64, Limits(None, None, 9, None, 1))
+call = Call("killed", 1, 1, 1, "first", "ok", "2026-01-01", 0.0, 0.5, 1, 3, 3, 0.0, "")
+with folder.alive():
+    vectors = provider.embed(["alpha"]).vectors
+    folder.write_answer(hash_column([text_hash("alpha")]), vectors, provider.space, call)
+    folder.note(Call("killed", 2, 1, 1, "first", "ProviderBusy", "2026-01-02", *[0] * 6, ""))
+    print("ready", flush=True)
+    time.sleep(90)
+"""
+
+
+def test_a_killed_process_loses_no_answer_in_a_bucket_and_a_living_one_is_left_alone(
+    bucket: str, lexical: Lexical
+) -> None:
+    calls = list[Call]()
+    with process(PAY, bucket) as run:
+        assert recover(bucket, lambda _, found: calls.extend(found)) == Recovered()
+        assert len(RunFolder(bucket, "killed").answers) == 1
+        run.kill()
+        run.wait()
+        found = recover(bucket, lambda _, found: calls.extend(found))
+    assert found == Recovered(1)
+    assert [(call.batch, call.status) for call in calls] == [(1, "ok"), (2, "ProviderBusy")]
+    space = Lexical(64, lexical.limits).space
+    assert Cache(bucket, space).holds(hash_column([text_hash("alpha")])).tolist() == [True]
+    assert [name for name in names_in(bucket) if name.startswith("runs")] == []
+
+
+def test_a_torn_object_is_set_aside(bucket: str, call_of: Callable[..., Call]) -> None:
+    folder = RunFolder(bucket, "dead")
+    folder.note(call_of("dead"))
+    storage_at(bucket).write("runs/dead/answers/00000001-01-00001.arrow", b"ARROW1\0\0torn")
+    found = recover(bucket, lambda *_: None)
+    assert found.set_aside == (f"{bucket}/set-aside/dead-answers-00000001-01-00001.arrow",)
+    assert storage_at(bucket).read("set-aside/dead-answers-00000001-01-00001.arrow")
+
+
+def test_a_run_whose_lease_was_taken_over_publishes_nothing(
+    bucket: str, tmp_path: Path, reindex: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_in(tmp_path, bucket)
+    write_corpus(tmp_path, "owl")
+    reindex(config)
+    write_corpus(tmp_path, "stork")
+    monkeypatch.setattr(objects, "BEAT_S", 3600.0)
+    monkeypatch.setattr(objects, "LASTS_S", 0.5)
+
+    def another_run_comes() -> None:
+        with held(config.index, "the other"):
+            pass
+
+    with pytest.raises(LockLost):
+        reindex(config, before_second_pass=another_run_comes)
+    assert documents_in(config.index) == ["owl.md"]
+    assert reindex(config).sent == []  # what was paid for is kept
+    assert documents_in(config.index) == ["owl.md", "stork.md"]
+    versions = lancedb.connect(config.index.uri).open_table("t").list_versions()
+    assert len(versions) == 2
