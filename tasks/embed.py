@@ -131,7 +131,7 @@ class _Embedding:
         rows = self._unanswered(self._batch.table.load(BATCH))
         todo: deque[_Part] = deque()
         if rows.num_rows:
-            todo.append(_Part.of(rows, "first" if self._attempt == 1 else "retry"))
+            todo.append(_Part.of(rows, self._terms.cause if self._attempt == 1 else "retry"))
         try:
             while todo:
                 todo.extendleft(reversed(self._send(todo.popleft())))

@@ -129,6 +129,15 @@ def generations(table: Table) -> list[Generation]:
     return sorted(found, key=lambda generation: generation.number)
 
 
+def broken_tags(table: Table) -> list[str]:
+    """Tags of generations whose version is gone."""
+    versions = {entry["version"] for entry in table.list_versions()}
+    tags = table.tags.list().items()
+    return sorted(
+        name for name, tag in tags if name.startswith(TAG) and tag["version"] not in versions
+    )
+
+
 def tag_generation(table: Table) -> Generation:
     """Make the newest version the next generation, unless it is one already."""
     known = generations(table)
@@ -158,15 +167,21 @@ def committing(index: Index, version: int) -> Iterator[None]:
     note.unlink()
 
 
+def unadopted(index: Index) -> bool:
+    """Whether a run committed that died before it could tag its generation."""
+    table, note = open_index(index), _note(index)
+    if table is None or not note.exists():
+        return False
+    noted = note.read_text(encoding="utf-8")
+    return noted.isdigit() and table.version > int(noted)
+
+
 def adopt(index: Index) -> None:
     """Tag what a run committed that died before it could say so."""
-    table, note = open_index(index), _note(index)
-    if not note.exists():
-        return
-    noted = note.read_text(encoding="utf-8")
-    if table is not None and noted.isdigit() and table.version > int(noted):
+    table = open_index(index)
+    if table is not None and unadopted(index):
         tag_generation(table)
-    note.unlink()
+    _note(index).unlink(missing_ok=True)
 
 
 def _note(index: Index) -> Path:

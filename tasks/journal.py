@@ -46,7 +46,8 @@ class Call:
         call: Of the attempt, from 1.
         cause: Why it was made: "first", "retry" after a failure, "wait" after the account's
             limit was reached, "split" of a batch too large, "isolate" to find a text that is
-            refused, "proof" that the provider takes any text, "query" of a search.
+            refused, "proof" that the provider takes any text, "query" of a search, "verify" of a
+            text whose vector is known.
         status: "ok", or the class of the error; "unforeseen" where it was none of ours.
         started_at: ISO 8601, UTC.
         waited: Seconds it waited for its turn before it was sent.
@@ -295,10 +296,17 @@ def fold(folder: RunFolder, cache: Cache, paths: Iterable[Path] | None = None) -
     return added
 
 
-def unfolded_answers(state_uri: str, space: Space) -> Iterator[StoredAnswer]:
-    """Whole answers in `space` that no run has folded yet, whether it lives or died."""
+def waiting_answers(state_uri: str) -> Iterator[tuple[Path, StoredAnswer | None]]:
+    """The answers that no run has folded yet, whether it lives or died; None for one not whole."""
     for file in sorted((Path(state_uri) / "runs").glob("*/answers/*.arrow")):
         answer = read_answer(file)
+        if answer is not None or file.exists():  # else it was folded meanwhile
+            yield file, answer
+
+
+def unfolded_answers(state_uri: str, space: Space) -> Iterator[StoredAnswer]:
+    """Whole answers in `space` that no run has folded yet."""
+    for _, answer in waiting_answers(state_uri):
         if answer is not None and answer.space == space:
             yield answer
 

@@ -69,14 +69,33 @@ def writing(what: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def reading(what: str, way_out: str) -> Iterator[None]:
+    """Say in words that LanceDB could not read `what`, say because one of its files is lost.
+
+    Raises:
+        EmbedOnceError: For whatever LanceDB raises; the message ends with `way_out`.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, ValueError) as error:
+        raise EmbedOnceError(
+            f"LanceDB could not read {what}: {str(error).splitlines()[0]} {way_out}"
+        ) from error
+
+
 def read_batches(
-    table: Table, batch_rows: int, columns: Sequence[str] | None = None
+    table: Table,
+    batch_rows: int,
+    columns: Sequence[str] | None = None,
+    *,
+    row_ids: bool = False,
 ) -> Iterator[pa.RecordBatch]:
-    """All rows of `table`, a batch at a time."""
+    """All rows of `table`, a batch at a time; with `row_ids` their `_rowid` too."""
     query = table.search()
     if columns is not None:
         query = query.select(list(columns))
-    yield from query.to_batches(batch_rows)
+    yield from query.with_row_id(row_ids).to_batches(batch_rows)
 
 
 def quoted(text: str) -> str:

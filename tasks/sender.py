@@ -34,6 +34,7 @@ class Terms:
         on_error: What becomes of a text that is refused.
         max_wait_s: Seconds without any answer that count as an outage.
         shared: Whether the account's limits are shared with other runs.
+        cause: What the ledger calls the first attempt at a batch.
     """
 
     provider: Provider
@@ -42,6 +43,7 @@ class Terms:
     on_error: OnError = "quarantine"
     max_wait_s: float = 600.0
     shared: bool = False
+    cause: str = "first"
 
 
 class Sender:
