@@ -144,7 +144,9 @@ def tag_generation(table: Table) -> Generation:
     version = table.version
     if known and known[-1].version == version:
         return known[-1]
-    number = known[-1].number + 1 if known else 1
+    # A tag whose version is gone still takes its number.
+    taken = [name for name in table.tags.list() if name.startswith(TAG)]
+    number = max((int(name.removeprefix(TAG)) for name in taken), default=0) + 1
     table.tags.create(f"{TAG}{number}", version)
     return Generation(number, version, datetime.now(tz=UTC))
 

@@ -21,6 +21,7 @@ from tasks.errors import ProviderBusy
 from tasks.examine import Entries, Flags, Rows
 from tasks.journal import RunFolder, read_answer
 from tasks.keys import KeySet, first_of_each
+from tasks.limits import Packer
 from tasks.params import Config
 from tasks.providers import Provider, checked_vectors
 from tasks.schemas import BATCH, Batch, TableRef, vectors_schema
@@ -183,9 +184,6 @@ def _paid(texts: pa.Table, asking: Asking, folder: RunFolder) -> pa.Table:
     The answers stay in the journal of `folder`, so that none is paid for in vain.
     """
     provider, schema = asking.provider, vectors_schema(asking.provider.space.vector_type)
-    counts = provider.estimate.counts(texts.column("text").to_pylist())
-    batch = texts.append_column("tokens", pa.array(counts, pa.int32())).cast(BATCH)
-    ref = TableRef.write(folder.staging / "sample.arrow", BATCH, batch.to_batches())
     terms = Terms(
         provider,
         folder,
@@ -196,16 +194,35 @@ def _paid(texts: pa.Table, asking: Asking, folder: RunFolder) -> pa.Table:
         cause="verify",
     )
     try:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                embed_batch(Batch(1, ref, int(counts.sum())), terms, attempt)
-                break
-            except ProviderBusy:
-                if attempt == ATTEMPTS:
-                    raise
-                time.sleep(attempt)
+        for batch in _batches(texts, provider, folder):
+            _embed(batch, terms)
     finally:
         forget_sender(folder)
-    answers = [read_answer(path) for path in folder.answers_of(1)]
+    answers = [read_answer(path) for path in folder.answers]
     tables = [answer.table.cast(schema) for answer in answers if answer is not None]
     return pa.concat_tables([schema.empty_table(), *tables])
+
+
+def _batches(texts: pa.Table, provider: Provider, folder: RunFolder) -> Iterator[Batch]:
+    """The texts as batches of one call each, as far as that can be told before."""
+    counts = provider.estimate.counts(texts.column("text").to_pylist())
+    packer = Packer(provider.limits.with_margin(provider.estimate.margin))
+    numbers = np.array([packer.place(int(count)) for count in counts], dtype=np.int64)
+    rows = texts.append_column("tokens", pa.array(counts, pa.int32())).cast(BATCH)
+    for number in np.unique(numbers).tolist():
+        part = rows.filter(pa.array(numbers == number))
+        path = folder.staging / f"sample-{number:08d}.arrow"
+        tokens = int(counts[numbers == number].sum())
+        yield Batch(number, TableRef.write(path, BATCH, part.to_batches()), tokens)
+
+
+def _embed(batch: Batch, terms: Terms) -> None:
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            embed_batch(batch, terms, attempt)
+        except ProviderBusy:
+            if attempt == ATTEMPTS:
+                raise
+            time.sleep(attempt)
+        else:
+            return

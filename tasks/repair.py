@@ -162,7 +162,7 @@ def _take_from_index(seen: Look, found: Differences, dropped: pa.Array) -> int:
         .combine_chunks(),
     ]
     lacking = KeySet(pa.concat_arrays(wanted)).holds(rows.hashes) & ~cache.holds(rows.hashes)
-    at = np.flatnonzero(lacking & rows.good)
+    at = np.flatnonzero(lacking & rows.good & ~found.refused.holds(rows.hashes))
     at = at[first_of_each(rows.hashes.take(pa.array(at)))]
     names = vectors_schema(cache.space.vector_type).names
     return sum(
