@@ -15,14 +15,14 @@ from lancedb.table import Table
 
 from tasks.errors import EmbedOnceError
 from tasks.keys import KeySet, first_of_each
-from tasks.lance import PRIMARY_KEY, make_table, open_table, read_batches, writing
+from tasks.lance import PRIMARY_KEY, make_table, open_table, read_located, writing
 from tasks.providers import Space
 from tasks.schemas import HASH, vectors_schema
 
 SPACE = b"embed_once.space"
 """Key of the space in a table's metadata."""
 ENTRIES = 8192
-"""Entries read, or dropped, at a time."""
+"""Entries dropped at a time."""
 
 
 class Cache:
@@ -114,7 +114,7 @@ class Cache:
         if self._table is None:
             return
         columns = ["text_hash", "vector"] if self.fits else ["text_hash"]
-        yield from read_batches(self._table, ENTRIES, columns, row_ids=True)
+        yield from read_located(self._table, columns)
 
     def forget(self, row_ids: npt.NDArray[np.uint64], hashes: pa.Array) -> None:
         """Drop these rows of the table, which hold these text hashes; all of it if it never fits.

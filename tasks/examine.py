@@ -11,12 +11,11 @@ from lancedb.table import Table
 
 from tasks.cache import Cache
 from tasks.keys import KeySet, digest_column, first_of_each
-from tasks.lance import read_batches
+from tasks.lance import read_located
 from tasks.providers import Space
 from tasks.schemas import HASH
 from tasks.soundness import SAME, Fault, Faults, distances, faults_of, numbers
 
-EXAMINED_ROWS = 8192
 Flags = npt.NDArray[np.bool_]
 RowIds = npt.NDArray[np.uint64]
 
@@ -115,7 +114,7 @@ class Rows:
         of_type = table.schema.field("vector").type == space.vector_type
         columns = ["text", "text_hash", *(["vector"] if of_type else [])]
         hashes, row_ids, faults, bad_hash, unlike = [], [], [], [], []
-        for batch in read_batches(table, EXAMINED_ROWS, columns, row_ids=True):
+        for batch in read_located(table, columns):
             hashes.append(batch.column("text_hash"))
             row_ids.append(batch.column("_rowid").to_numpy())
             digests = digest_column(batch.column("text"))

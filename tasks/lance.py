@@ -16,6 +16,8 @@ PRIMARY_KEY = {b"lance-schema:unenforced-primary-key": b"true"}
 
 Without it five processes upserting the same 100 keys left 500 rows and no error.
 """
+WINDOW_ROWS = 8192
+"""Rows of one query where a whole table is read with its vectors."""
 
 
 def open_table(uri: str, name: str) -> Table | None:
@@ -85,17 +87,24 @@ def reading(what: str, way_out: str) -> Iterator[None]:
 
 
 def read_batches(
-    table: Table,
-    batch_rows: int,
-    columns: Sequence[str] | None = None,
-    *,
-    row_ids: bool = False,
+    table: Table, batch_rows: int, columns: Sequence[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """All rows of `table`, a batch at a time; with `row_ids` their `_rowid` too."""
+    """All rows of `table`, a batch at a time."""
     query = table.search()
     if columns is not None:
         query = query.select(list(columns))
-    yield from query.with_row_id(row_ids).to_batches(batch_rows)
+    yield from query.to_batches(batch_rows)
+
+
+def read_located(table: Table, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """All rows of `table` with their `_rowid`, in the order of the table, a window at a time.
+
+    One query for all of it reads ahead further than it is followed: 300k vectors of 256
+    floats took 366 MB, in windows 172 MB however many there are.
+    """
+    for start in range(0, table.count_rows(), WINDOW_ROWS):
+        query = table.search().select(list(columns)).with_row_id(True)
+        yield from query.limit(WINDOW_ROWS).offset(start).to_batches(WINDOW_ROWS)
 
 
 def quoted(text: str) -> str:
