@@ -44,8 +44,8 @@ class Entries:
         """All of `cache`."""
         hashes, row_ids, faults = [], [], []
         for batch in cache.entries():
-            hashes.append(batch.column("text_hash"))
-            row_ids.append(batch.column("_rowid").to_numpy())
+            hashes.append(_own(batch.column("text_hash")))
+            row_ids.append(batch.column("_rowid").to_numpy().copy())
             if cache.fits:
                 faults.append(faults_of(batch.column("vector"), cache.space))
             else:
@@ -115,8 +115,8 @@ class Rows:
         columns = ["text", "text_hash", *(["vector"] if of_type else [])]
         hashes, row_ids, faults, bad_hash, unlike = [], [], [], [], []
         for batch in read_located(table, columns):
-            hashes.append(batch.column("text_hash"))
-            row_ids.append(batch.column("_rowid").to_numpy())
+            hashes.append(_own(batch.column("text_hash")))
+            row_ids.append(batch.column("_rowid").to_numpy().copy())
             digests = digest_column(batch.column("text"))
             bad_hash.append(pc.not_equal(digests, hashes[-1]).to_numpy(zero_copy_only=False))
             if of_type:
@@ -154,6 +154,11 @@ def _places(found: pa.Table, row_ids: RowIds) -> npt.NDArray[np.int64]:
     have = found.column("_rowid").to_numpy()
     order = np.argsort(have)
     return np.asarray(order[np.searchsorted(have, row_ids, sorter=order)], dtype=np.int64)
+
+
+def _own(column: pa.Array) -> pa.Array:
+    """`column` in memory of its own: a column from LanceDB keeps all of its batch."""
+    return column.take(pa.array(range(len(column)), pa.int64()))
 
 
 def _unlike(batch: pa.RecordBatch, comparable: Flags, entries: Entries) -> Flags:

@@ -1,7 +1,11 @@
 """Verify finds what was done to index, cache and journal by hand, and nothing else."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +15,14 @@ import lancedb
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lancedb.index import IvfFlat, IvfPq
 from lancedb.table import Table
 from pyarrow import parquet
 
+from flows.cli import main
 from tasks.cache import Cache
 from tasks.errors import EmbedOnceError, IndexHeld, SettingsError
 from tasks.findings import RECALL_BOUND, ToPay, Verified
@@ -722,6 +728,135 @@ def test_where_there_is_no_index_the_cache_builds_it(place: Callable[..., Place]
     assert len(seen.findings[0].examples) == 5
     assert repair(at.config()).clean
     assert at.rows() == whole
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`embed-once verify` of a place, in this process, as its imports take seconds."""
+
+    def run(at: Place, *arguments: str) -> int:
+        file = at.folder / "place.yaml"
+        file.write_text(yaml.safe_dump(at.config().model_dump(mode="json")), encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["embed-once", "verify", str(file), *arguments])
+        try:
+            main()
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        return 0
+
+    return run
+
+
+def test_the_command_says_what_it_found_what_to_do_and_what_it_mended(
+    place: Callable[..., Place], command: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    at, file = place(), place().folder / "seen.json"
+    assert command(at, "--json", str(file)) == 0
+    said = capfd.readouterr()
+    assert said.out.startswith("place: index, cache and corpus agree, 8 rows.\n")
+    assert said.err == ""
+    assert json.loads(file.read_text(encoding="utf-8"))["findings"] == []
+    overwrite_vector(at.table(), is_(at.ids()[3]), BAD["zero"])
+    lose(at, at.ids()[:1])
+    assert command(at, "--json", str(file)) == 5
+    said = capfd.readouterr()
+    assert "2 things of 2 kinds are not as they should be" in said.out
+    assert re.search(r"found +vectors of zeros: 1 \(d1\)", said.out)
+    assert "verify --repair" in said.err
+    assert "embed-once reindex" in said.err
+    assert [(each["kind"], each["count"]) for each in json.loads(file.read_text())["findings"]] == [
+        ("missing", 1),
+        ("zero", 1),
+    ]
+    at.cache().delete(has(at.hash_of(at.ids()[0])))  # of a row that is well
+    assert command(at, "--repair", "--json", str(file)) == 0
+    said = capfd.readouterr()
+    assert "2 things found, generation 2 published; nothing is left, 8 rows." in said.out
+    assert re.search(r"mended +2 rows written", said.out)
+    assert json.loads(file.read_text(encoding="utf-8"))["repair"]["written"] == 2
+    assert command(at, "--set", "index.table=other") == 5
+    assert command(at, "--set", "source.path=/nowhere") == 2
+
+
+def test_an_index_that_changes_while_it_is_looked_at_is_looked_at_again_later(
+    place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = place()
+
+    def write_meanwhile(*_: Any) -> int:
+        lose(at, at.ids()[:1])
+        return 0
+
+    monkeypatch.setattr("tasks.verify.judge", write_meanwhile)
+    with pytest.raises(IndexHeld, match="while it was looked at"):
+        verify(at.config())
+
+
+def test_a_repair_that_ends_early_leaves_the_old_rows_and_the_next_one_mends_them(
+    place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, died: type[Exception]
+) -> None:
+    at = place()
+    whole = at.rows()
+    repeat(at, at.ids()[:1])
+    spoil_entry("zero")(at, at.ids()[1:3])
+    overwrite_vector(at.table(), is_(at.ids()[4]), BAD["norm"])
+    harmed = at.table().version
+
+    def die(**_: Any) -> None:
+        raise died
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.repair.publish", die)
+        with pytest.raises(died):
+            repair(at.config())
+    assert at.table().version == harmed
+    assert set(found_in(verify(at.config()))) == {"duplicate", "norm"}  # the cache is well again
+    assert repair(at.config()).clean
+    assert at.rows() == whole
+
+
+KILLED = """
+import sys
+from tasks.params import load_config
+from tasks.repair import repair
+print("ready", flush=True)
+repair(load_config(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_whenever_a_repair_is_killed_readers_see_the_old_rows_or_the_new_ones(
+    place: Callable[..., Place],
+) -> None:
+    texts = [f"alpha{n} beta{n} gamma{n} delta{n}" for n in range(400)]
+    wholly_old, wholly_new = 0, 0
+    for pause in np.linspace(0, 0.8, 12):
+        at = place(texts=texts)
+        whole, ids = at.rows(), at.ids()
+        repeat(at, ids[:1])
+        overwrite_vector(at.table(), is_(ids[1]), BAD["zero"])
+        lose(at, ids[2:3])
+        spoil_entry("norm")(at, ids[3:4])
+        harmed = at.table().to_arrow().sort_by("id").drop_columns("run_id").to_pylist()
+        file = at.folder / "place.yaml"
+        file.write_text(yaml.safe_dump(at.config().model_dump(mode="json")), encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(file)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(pause)
+        process.kill()
+        process.communicate()
+        found = at.table().to_arrow().sort_by("id").drop_columns("run_id").to_pylist()
+        wholly_old += found == harmed
+        wholly_new += len(found) == len(whole) and at.rows() == whole
+        assert found == harmed or at.rows() == whole
+        assert repair(at.config()).clean
+        assert at.rows() == whole
+        assert at.reindex().sent == []
+    assert wholly_old
+    assert wholly_old + wholly_new == 12
 
 
 finite = st.floats(-2, 2, width=32)
