@@ -208,19 +208,15 @@ def fault_kinds(faults: Faults, prefix: str = "") -> list[tuple[str, npt.NDArray
 
 def headline(verified: Verified) -> str:
     """What was seen, in one sentence."""
+    left = sum(each.count for each in verified.findings)
     done = verified.repair
-    mended = ""
-    if done is not None:
-        counts = sum(each.count for each in done.found)
-        mended = f"{counts:,} things found" + (
-            f", generation {done.generation} published; " if done.published else "; "
-        )
-    if verified.clean:
-        rest = "nothing is left" if done else "index, cache and corpus agree"
-        return f"{verified.name}: {mended}{rest}, {verified.rows:,} rows."
-    count = sum(each.count for each in verified.findings)
-    rest = f"{count:,} things of {len(verified.findings)} kinds are not as they should be"
-    return f"{verified.name}: {mended}{rest}."
+    if done is None:
+        if verified.clean:
+            return f"{verified.name}: index, cache and corpus agree, {verified.rows:,} rows."
+        return f"{verified.name}: not everything is as it should be, found: {left:,}."
+    found = sum(each.count for each in done.found)
+    mended = f"generation {done.generation} published, " if done.published else ""
+    return f"{verified.name}: {mended}found: {found:,}, left: {left:,}, {verified.rows:,} rows."
 
 
 def verified_rows(verified: Verified) -> list[Row]:

@@ -760,7 +760,7 @@ def test_the_command_says_what_it_found_what_to_do_and_what_it_mended(
     lose(at, at.ids()[:1])
     assert command(at, "--json", str(file)) == 5
     said = capfd.readouterr()
-    assert "2 things of 2 kinds are not as they should be" in said.out
+    assert "place: not everything is as it should be, found: 2." in said.out
     assert re.search(r"found +vectors of zeros: 1 \(d1\)", said.out)
     assert "verify --repair" in said.err
     assert "embed-once reindex" in said.err
@@ -771,7 +771,7 @@ def test_the_command_says_what_it_found_what_to_do_and_what_it_mended(
     at.cache().delete(has(at.hash_of(at.ids()[0])))  # of a row that is well
     assert command(at, "--repair", "--json", str(file)) == 0
     said = capfd.readouterr()
-    assert "2 things found, generation 2 published; nothing is left, 8 rows." in said.out
+    assert "place: generation 2 published, found: 2, left: 0, 8 rows." in said.out
     assert re.search(r"mended +2 rows written", said.out)
     assert json.loads(file.read_text(encoding="utf-8"))["repair"]["written"] == 2
     assert command(at, "--set", "index.table=other") == 5

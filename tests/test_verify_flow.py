@@ -35,9 +35,9 @@ def test_the_flow_tells_by_its_state_and_artifact_what_it_found_and_mends_on_req
     reindex(load_config(file))
     table = lancedb.connect(str(tmp_path / "index")).open_table("notes")
     table.add(table.to_arrow().slice(0, 1))
-    found = verify(str(file), return_state=True)
+    found: Any = verify(str(file), return_state=True)
     assert (found.name, found.is_completed()) == ("Found", True)
-    assert found.message == "Field notes: 1 things of 1 kinds are not as they should be."
+    assert found.message == "Field notes: not everything is as it should be, found: 1."
     assert "rows that repeat an id: 1" in newest_artifact()
     mended = verify(str(file), repair=True)
     assert isinstance(mended, Verified)
