@@ -15,6 +15,7 @@ from flows.terminal import CANCELLED, SIGNALS_HERE, bar_on, prefect_log
 from tasks.errors import UNFORESEEN, EmbedOnceError, SettingsError
 
 INCOMPLETE = 3
+FOUND = 5
 
 app = typer.Typer(
     name="embed-once",
@@ -140,6 +141,44 @@ def search(
         print("[" + ",\n".join(hit.model_dump_json() for hit in hits) + "]")
     else:
         print(as_lines(hits) if hits else "Nothing found: the index is empty.")
+
+
+@app.command()
+def verify(
+    config: ConfigPath,
+    settings: SetOption = [],  # noqa: B006
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Mend what can be mended at no cost.")
+    ] = False,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Embed N texts again; a provider with a price is paid."
+        ),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write what was seen here.")
+    ] = None,
+) -> None:
+    """Hold index, cache and corpus against each other."""
+    from tasks.quick import import_lancedb  # noqa: PLC0415
+
+    import_lancedb()
+    from tasks.findings import headline, to_do_lines, verified_rows  # noqa: PLC0415
+    from tasks.params import load_config  # noqa: PLC0415
+    from tasks.repair import repair as mend  # noqa: PLC0415
+    from tasks.summary import as_text  # noqa: PLC0415
+    from tasks.verify import verify as look  # noqa: PLC0415
+
+    _require_file(json)
+    loaded = load_config(config, settings)
+    verified = mend(loaded, sample) if repair else look(loaded, sample)
+    print(headline(verified))
+    print(as_text(verified_rows(verified)))
+    _write(json, verified.model_dump_json(indent=2))
+    if not verified.clean:
+        print("\n".join(to_do_lines(verified.findings)), file=sys.stderr)
+        raise typer.Exit(FOUND)
 
 
 @app.command()

@@ -13,6 +13,8 @@ from prefect.artifacts import (
 )
 from prefect.events import emit_event
 
+from tasks import findings
+from tasks.findings import Verified, to_do_lines, verified_rows
 from tasks.journal import Call
 from tasks.plan import Plan, plan_rows
 from tasks.progress import Progress
@@ -37,6 +39,19 @@ def publish_plan(plan: Plan) -> None:
         as_markdown(f"Plan for {plan.name}", plan.would_refuse, plan_rows(plan)),
         key=key("plan", plan.name),
         description="What a reindex would do and cost.",
+    )
+
+
+def publish_verified(verified: Verified) -> None:
+    """What verify saw, as Markdown."""
+    text = as_markdown(
+        f"Verify {verified.name}", findings.headline(verified), verified_rows(verified)
+    )
+    to_do = [f"- {each}" for each in to_do_lines(verified.findings)]
+    create_markdown_artifact(
+        "\n".join([text, "", *to_do]),
+        key=key("verify", verified.name),
+        description="Whether index, cache and corpus agree.",
     )
 
 

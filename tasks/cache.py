@@ -5,8 +5,10 @@ A hit in the wrong space is impossible: the space names the table. Indexes that 
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+import lancedb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -14,12 +16,22 @@ from lancedb.table import Table
 
 from tasks.errors import EmbedOnceError
 from tasks.keys import KeySet, first_of_each
-from tasks.lance import PRIMARY_KEY, make_table, open_table, sync_table, writing
+from tasks.lance import (
+    PRIMARY_KEY,
+    make_table,
+    open_table,
+    read_located,
+    sync_table,
+    writing,
+)
 from tasks.providers import Space
 from tasks.schemas import HASH, vectors_schema
+from tasks.storage import is_local
 
 SPACE = b"embed_once.space"
 """Key of the space in a table's metadata."""
+ENTRIES = 8192
+"""Entries dropped at a time."""
 
 
 class Cache:
@@ -87,11 +99,53 @@ class Cache:
         at = self._keys.positions(hashes)
         if self._table is None or not len(at):
             return pa.array([], self.space.vector_type)
-        row_ids = np.unique(self._row_ids[at])
-        query = self._table.take_row_ids(row_ids.tolist()).select(["text_hash", "vector"])
-        found = query.to_arrow()
+        found = self.take(self._row_ids[at])
         place = KeySet(found.column("text_hash")).positions(hashes)
         return found.column("vector").combine_chunks().take(pa.array(place))
+
+    def take(self, row_ids: npt.NDArray[np.uint64]) -> pa.Table:
+        """text_hash, vector and _rowid of the entries in these rows of the table, each once."""
+        if self._table is None:
+            raise LookupError(f"{self.name} has no rows to take")
+        query = self._table.take_row_ids(np.unique(row_ids).tolist())
+        return query.select(["text_hash", "vector"]).with_row_id().to_arrow()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the table is one for vectors of this space, by its own word and type."""
+        if self._table is None:
+            return True
+        schema = self._table.schema
+        said = (schema.metadata or {}).get(SPACE, b"").decode()
+        fits = schema.field("vector").type == self.space.vector_type
+        return bool(fits and said == self.space.to_json())
+
+    def entries(self) -> Iterator[pa.RecordBatch]:
+        """All there is, a batch at a time: text_hash, _rowid, and where it `fits` the vector."""
+        if self._table is None:
+            return
+        columns = ["text_hash", "vector"] if self.fits else ["text_hash"]
+        yield from read_located(self._table, columns)
+
+    def forget(self, row_ids: npt.NDArray[np.uint64], hashes: pa.Array) -> None:
+        """Drop these rows of the table, which hold these text hashes; all of it if it never fits.
+
+        Rows may move while a table is compacted; by their hashes no other entry goes then.
+        """
+        if self._table is None:
+            return
+        with writing(f"the cache {self.name} in {self._uri}"):
+            if not self.fits:
+                lancedb.connect(self._uri).create_table(
+                    self.name, schema=self._schema(), mode="overwrite"
+                )
+            for start in range(0, len(row_ids) if self.fits else 0, ENTRIES):
+                rows = ", ".join(map(str, row_ids[start : start + ENTRIES].tolist()))
+                texts = hashes.slice(start, ENTRIES).to_pylist()
+                named = ", ".join(f"X'{each.hex()}'" for each in texts)
+                self._table.delete(f"_rowid IN ({rows}) AND text_hash IN ({named})")
+        self._table, self._version = None, 0
+        self.refresh()
 
     def remember(self, answers: Iterable[pa.Table]) -> int:
         """Keep the vectors of `answers` that are not here yet, in one commit at most.
@@ -114,7 +168,7 @@ class Cache:
             return 0
         with writing(self._told):
             if self._table is None:
-                self._table = self._create()
+                self._table = make_table(self._uri, self.name, self._schema())
             self._table.merge_insert("text_hash").when_not_matched_insert_all().execute(new)
         self.refresh()
         return int(new.num_rows)
@@ -136,10 +190,22 @@ class Cache:
     def _told(self) -> str:
         return f"the cache {self.name} in {self._uri}"
 
-    def _create(self) -> Table:
+    def _schema(self) -> pa.Schema:
         text_hash, vector = vectors_schema(self.space.vector_type)
-        schema = pa.schema(
+        return pa.schema(
             [text_hash.with_metadata(PRIMARY_KEY), vector],
             metadata={SPACE: self.space.to_json().encode()},
         )
-        return make_table(self._uri, self.name, schema)
+
+
+def caches_beside(cache: Cache, state_uri: str) -> Iterator[Cache]:
+    """The caches of other spaces whose vectors are of the same type."""
+    if is_local(state_uri) and not Path(state_uri).exists():
+        return
+    for name in lancedb.connect(state_uri).list_tables(limit=1000).tables:
+        table = open_table(state_uri, name) if name.startswith("vectors-") else None
+        if table is None or SPACE not in (table.schema.metadata or {}):
+            continue
+        space = Space.from_json(table.schema.metadata[SPACE].decode())
+        if space != cache.space and space.vector_type == cache.space.vector_type:
+            yield Cache(state_uri, space)

@@ -138,7 +138,7 @@ class _Embedding:
         self._provider = terms.provider
         self._folder = terms.folder
         self._sender = sender_of(terms)
-        self._cause = "first" if attempt == 1 else "retry"
+        self._cause = ("verify" if terms.anew else "first") if attempt == 1 else "retry"
         self._calls = 0
         self._answers = self._sender.answers
         self._suspects: list[tuple[_Part, str]] = []
@@ -232,6 +232,8 @@ class _Embedding:
         fits, tokens = self._sender.fitting(part.texts)
         rest = [part.take(range(fits, len(part)), "split")] if fits < len(part) else []
         piece = part.take(range(fits), part.cause) if rest else part
+        if self._terms.anew:
+            return piece, rest, tokens
         hashes = piece.rows.column("text_hash").combine_chunks()
         standing = self._sender.claims.claim(self._batch.number, hashes)
         if standing.free.all():

@@ -129,13 +129,24 @@ def generations(table: Table) -> list[Generation]:
     return sorted(found, key=lambda generation: generation.number)
 
 
+def broken_tags(table: Table) -> list[str]:
+    """Tags of generations whose version is gone."""
+    versions = {entry["version"] for entry in table.list_versions()}
+    tags = table.tags.list().items()
+    return sorted(
+        name for name, tag in tags if name.startswith(TAG) and tag["version"] not in versions
+    )
+
+
 def tag_generation(table: Table) -> Generation:
     """Make the newest version the next generation, unless it is one already."""
     known = generations(table)
     version = table.version
     if known and known[-1].version == version:
         return known[-1]
-    number = known[-1].number + 1 if known else 1
+    # A tag whose version is gone still takes its number.
+    taken = [name for name in table.tags.list() if name.startswith(TAG)]
+    number = max((int(name.removeprefix(TAG)) for name in taken), default=0) + 1
     table.tags.create(f"{TAG}{number}", version)
     return Generation(number, version, datetime.now(tz=UTC))
 
@@ -160,17 +171,22 @@ def committing(index: Index, version: int) -> Iterator[None]:
     storage.delete([note])
 
 
+def unadopted(index: Index) -> bool:
+    """Whether a run committed that died before it could tag its generation."""
+    table, noted = open_index(index), storage_at(index.uri).read(_note(index))
+    if table is None or noted is None:
+        return False
+    version = noted.to_pybytes()
+    return version.isdigit() and table.version > int(version)
+
+
 def adopt(index: Index) -> None:
     """Tag what a run committed that died before it could say so."""
-    storage, note, table = storage_at(index.uri), _note(index), open_index(index)
-    noted = storage.read(note)
-    if noted is None:
-        return
-    version = noted.to_pybytes()
-    if table is not None and version.isdigit() and table.version > int(version):
+    table = open_index(index)
+    if table is not None and unadopted(index):
         tag_generation(table)
         sync_table(index.uri, index.table, since=0.0)
-    storage.delete([note])
+    storage_at(index.uri).delete([_note(index)])
 
 
 def _note(index: Index) -> str:

@@ -50,7 +50,8 @@ class Call:
         call: Of the attempt, from 1.
         cause: Why it was made: "first", "retry" after a failure, "wait" after the account's
             limit was reached, "split" of a batch too large, "isolate" to find a text that is
-            refused, "proof" that the provider takes any text, "query" of a search.
+            refused, "proof" that the provider takes any text, "query" of a search, "verify" of a
+            text whose vector is known.
         status: "ok", or the class of the error; "unforeseen" where it was none of ours.
         started_at: ISO 8601, UTC.
         waited: Seconds it waited for its turn before it was sent.
@@ -354,6 +355,14 @@ def run_ids(state_uri: str) -> list[str]:
     """All runs that have a folder or a lock in the journal, rescued ones too."""
     found = {name.split("/")[1] for name in Rescuing(state_uri).names("runs")}
     return sorted({name.removesuffix(".holder").removesuffix(".alive") for name in found})
+
+
+def unreadable(state_uri: str) -> list[str]:
+    """Names of all files in the journal that are not whole."""
+    folders = [RunFolder(state_uri, run_id) for run_id in run_ids(state_uri)]
+    names = [(folder, name) for folder in folders for name in folder.unreadable()]
+    # What a living run has folded or forgotten meanwhile is gone.
+    return [name for folder, name in names if folder.files.read(name) is not None]
 
 
 def unfolded_answers(state_uri: str, space: Space) -> Iterator[StoredAnswer]:

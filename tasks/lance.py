@@ -20,6 +20,8 @@ PRIMARY_KEY = {b"lance-schema:unenforced-primary-key": b"true"}
 
 Without it five processes upserting the same 100 keys left 500 rows and no error.
 """
+WINDOW_ROWS = 8192
+"""Rows of one query where a whole table is read with its vectors."""
 
 CLOCK_SLACK_S = 300.0
 """So far the clock of a disk, say of another machine's, may be from ours."""
@@ -123,6 +125,21 @@ def sync_table(uri: str, name: str, since: float) -> None:
     sync(folder.parent)
 
 
+@contextmanager
+def reading(what: str, way_out: str) -> Iterator[None]:
+    """Say in words that LanceDB could not read `what`, say because one of its files is lost.
+
+    Raises:
+        EmbedOnceError: For whatever LanceDB raises; the message ends with `way_out`.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, ValueError) as error:
+        raise EmbedOnceError(
+            f"LanceDB could not read {what}: {_in_short(error)}. {way_out}"
+        ) from error
+
+
 def read_batches(
     table: Table, batch_rows: int, columns: Sequence[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
@@ -131,6 +148,17 @@ def read_batches(
     if columns is not None:
         query = query.select(list(columns))
     yield from query.to_batches(batch_rows)
+
+
+def read_located(table: Table, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """All rows of `table` with their `_rowid`, in the order of the table, a window at a time.
+
+    One query for all of it reads ahead further than it is followed: 300k vectors of 256
+    floats took 366 MB, in windows 172 MB however many there are.
+    """
+    for start in range(0, table.count_rows(), WINDOW_ROWS):
+        query = table.search().select(list(columns)).with_row_id(True)
+        yield from query.limit(WINDOW_ROWS).offset(start).to_batches(WINDOW_ROWS)
 
 
 def quoted(text: str) -> str:

@@ -71,6 +71,7 @@ def publish(
     identity: Identity,
     cache: Cache,
     run_id: str,
+    anew: bool = False,
 ) -> Published:
     """Bring the index in step, in at most one commit.
 
@@ -82,6 +83,7 @@ def publish(
         identity: Space and splitter of the new generation.
         cache: Holds the vector of each row.
         run_id: Stands in each row that is written.
+        anew: Write the table anew at any rate: a merge cannot tell two rows of one id apart.
 
     Raises:
         CorpusError: `rows` holds an id twice.
@@ -96,6 +98,8 @@ def publish(
     schema = identity.schema(_in_order_of(table, metadata))
     gone = deletions.load(DELETIONS).column("id")
     way = _way(table, schema, rows.rows, updates, len(gone))
+    if anew and table is not None:
+        way = "overwrite"
     if way == "none":
         return _nothing_new(table)
     vectors = _with_vectors(rows, metadata, schema, cache, run_id)

@@ -43,6 +43,7 @@ class Terms:
         on_error: What becomes of a text that is refused.
         max_wait_s: Seconds without any answer that count as an outage.
         shared: Whether the account's limits are shared with other runs.
+        anew: Whether texts are sent although their vectors are known, to verify those.
     """
 
     provider: Provider
@@ -51,6 +52,7 @@ class Terms:
     on_error: OnError = "quarantine"
     max_wait_s: float = 600.0
     shared: bool = False
+    anew: bool = False
 
 
 class Sender:

@@ -13,6 +13,7 @@ from prefect.utilities.callables import parameter_schema
 from flows.plan import plan
 from flows.reindex import reindex
 from flows.smoke import smoke
+from flows.verify import verify
 
 PROJECT = Path(__file__).parents[1]
 TOP = {
@@ -58,7 +59,7 @@ def test_no_file_in_flows_hides_an_importable_module() -> None:
     assert names & importable == set()
 
 
-@pytest.mark.parametrize("flow", [reindex, plan], ids=lambda flow: str(flow.name))
+@pytest.mark.parametrize("flow", [reindex, plan, verify], ids=lambda flow: str(flow.name))
 def test_every_field_of_a_form_is_described(flow: Flow[..., object]) -> None:
     schema = parameter_schema(flow)
     fields = dict(schema.properties)
@@ -69,12 +70,13 @@ def test_every_field_of_a_form_is_described(flow: Flow[..., object]) -> None:
 
 
 def test_a_flow_is_named_like_its_file() -> None:
-    for flow in (reindex, plan, smoke):
+    for flow in (reindex, plan, smoke, verify):
         assert flow.fn.__module__ == f"flows.{flow.name}"
 
 
 def test_planning_does_not_import_prefect() -> None:
-    code = "import sys, tasks.plan, tasks.search, tasks.history; sys.exit('prefect' in sys.modules)"
+    code = "import sys, tasks.plan, tasks.repair, tasks.search, tasks.history; "
+    code += "sys.exit('prefect' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

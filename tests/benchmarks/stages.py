@@ -41,6 +41,7 @@ from tasks.run import peak_bytes
 from tasks.schemas import HASH, Batch, TableRef
 from tasks.sender import Terms, sender_of
 from tasks.storage import storage_at
+from tasks.verify import verify
 
 SEED = 7
 WORDS = 30_000
@@ -306,6 +307,7 @@ def main() -> None:
         _show("first run", run(config, "first"))
         unchanged = run(config, "second")
         _show("nothing changed", unchanged)
+        seen, peak = verify(config), peak_bytes()
         bare = bare_pass(folder / "c.parquet")
         ratio = unchanged.seconds / bare
         print(
@@ -313,6 +315,11 @@ def main() -> None:
         )
         print(
             f"\nOnly reading and hashing takes {bare:.2f} s: nothing changed is {ratio:.2f} times"
+        )
+        print(
+            f"\nVerify takes {seen.seconds:.2f} s ({seen.rows / seen.seconds:,.0f} rows/s, peak "
+            f"{peak / 1e6:,.0f} MB; {seen.embedded_again} texts embedded again) and finds "
+            f"{len(seen.findings)} kinds of things"
         )
         _write_apart(touched_corpus(before), folder / "c.parquet")
         _show("1 % changed, 1 % deleted, 1 % added", run(config, "third"))
