@@ -4,21 +4,29 @@ A hit in the wrong space is impossible: the space names the table. Indexes that 
 `state.uri` share the cache, so a text that any of them paid for is free for all.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
 
+import lancedb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from lancedb.table import Table
 
 from tasks.errors import EmbedOnceError
 from tasks.keys import KeySet, first_of_each
-from tasks.lance import PRIMARY_KEY, make_table, open_table, writing
+from tasks.lance import PRIMARY_KEY, make_table, open_table, read_batches, writing
 from tasks.providers import Space
 from tasks.schemas import HASH, vectors_schema
 
 SPACE = b"embed_once.space"
 """Key of the space in a table's metadata."""
+REMEMBERED_AT = pa.field("remembered_at", pa.timestamp("ms", "UTC"))
+"""Column of the table: when the vector came; null where it came before the column did."""
+PREFIX = "vectors-"
+SCAN_ROWS = 8192
 
 
 class Cache:
@@ -26,7 +34,7 @@ class Cache:
 
     def __init__(self, state_uri: str, space: Space) -> None:
         self.space = space
-        self.name = f"vectors-{space.id}"
+        self.name = f"{PREFIX}{space.id}"
         self._uri = state_uri
         self._table: Table | None = None
         self._hashes = pa.array([], HASH)
@@ -109,18 +117,80 @@ class Cache:
         new = new.filter(pa.array(~self.holds(new.column("text_hash"))))
         if not new.num_rows:
             return 0
-        if self._table is None:
-            self._table = self._create()
+        if self._table is None or REMEMBERED_AT.name not in self._table.schema.names:
+            self._table = self._made()
+        now = pa.scalar(datetime.now(tz=UTC), REMEMBERED_AT.type)
+        new = new.append_column(REMEMBERED_AT, pa.repeat(now, new.num_rows))
         merge = self._table.merge_insert("text_hash").when_not_matched_insert_all()
         with writing(f"the cache {self.name} in {self._uri}"):
             merge.execute(new)
         self.refresh()
         return int(new.num_rows)
 
-    def _create(self) -> Table:
+    @property
+    def state_uri(self) -> str:
+        """The folder it is in."""
+        return self._uri
+
+    def table(self) -> Table | None:
+        """The table at its newest version, for maintenance; None where there is none yet."""
+        return open_table(self._uri, self.name)
+
+    def drop_unused(self, used: KeySet, before: datetime) -> int:
+        """Forget what nothing uses and what came before a time, in one commit at most.
+
+        What came at an unknown time stays. Nobody else may use the cache meanwhile.
+
+        Args:
+            used: text_hash of each vector to keep whatever its age.
+            before: With a time zone.
+
+        Returns:
+            Vectors dropped.
+        """
+        table = self.table()
+        if table is None or REMEMBERED_AT.name not in table.schema.names:
+            return 0
+        limit = pa.scalar(before, REMEMBERED_AT.type)
+
+        def gone(batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
+            old = pc.less(batch.column(REMEMBERED_AT.name), limit).fill_null(False)
+            return np.asarray(old) & ~used.holds(batch.column("text_hash"))
+
+        columns = ["text_hash", REMEMBERED_AT.name]
+        dropped = sum(int(gone(each).sum()) for each in read_batches(table, SCAN_ROWS, columns))
+        if not dropped:
+            return 0
+
+        def staying() -> Iterator[pa.RecordBatch]:
+            for batch in read_batches(table, SCAN_ROWS):
+                yield batch.filter(pa.array(~gone(batch)))
+
+        reader = pa.RecordBatchReader.from_batches(table.schema, staying())
+        with writing(f"the cache {self.name} in {self._uri}"):
+            lancedb.connect(self._uri).create_table(
+                self.name, data=reader, schema=table.schema, mode="overwrite"
+            )
+        self.refresh()
+        return dropped
+
+    def _made(self) -> Table:
         text_hash, vector = vectors_schema(self.space.vector_type)
         schema = pa.schema(
-            [text_hash.with_metadata(PRIMARY_KEY), vector],
+            [text_hash.with_metadata(PRIMARY_KEY), vector, REMEMBERED_AT],
             metadata={SPACE: self.space.to_json().encode()},
         )
         return make_table(self._uri, self.name, schema)
+
+
+def caches(state_uri: str) -> list[Cache]:
+    """All caches of a state, one a space."""
+    if not Path(state_uri).is_dir():
+        return []
+    found = lancedb.connect(state_uri).list_tables().tables
+    tables = [open_table(state_uri, name) for name in found if name.startswith(PREFIX)]
+    return [
+        Cache(state_uri, Space.from_json(table.schema.metadata[SPACE].decode()))
+        for table in tables
+        if table is not None
+    ]

@@ -2,6 +2,7 @@
 
 Each run has a folder under `state.uri`:
 
+    runs/starting.lock           held while a run starts, or none may
     runs/<run id>.alive          locked as long as the run lives
     runs/<run id>/answers/*.arrow    one file an answer: vectors, and the call in its metadata
     runs/<run id>/calls.jsonl    one line a provider call, whatever became of it
@@ -18,14 +19,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from tasks.cache import SPACE, Cache
 from tasks.providers import Space, Vectors
@@ -33,6 +34,8 @@ from tasks.schemas import require, vectors_schema
 
 CALL = b"embed_once.call"
 CHECKSUM = b"embed_once.checksum"
+STARTING = "starting.lock"
+"""Held while a run marks itself as living, or while none may start."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,10 @@ class RunFolder:
             about: What the ledger says of the run if it dies.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.lock):  # before there is a folder that another run could take up
+        with ExitStack() as stack:
+            with FileLock(self.path.with_name(STARTING)):
+                # Before there is a folder that another run could take up.
+                stack.enter_context(FileLock(self.lock))
             self.staging.mkdir(parents=True, exist_ok=True)
             if about is not None:
                 self._about.write_text(json.dumps(asdict(about)), encoding="utf-8")
@@ -252,6 +258,31 @@ class RunFolder:
         """Drop the notes once ledger and quarantine have them."""
         (self.path / "calls.jsonl").unlink(missing_ok=True)
         (self.path / "refused.jsonl").unlink(missing_ok=True)
+
+
+@contextmanager
+def none_starts(state_uri: str, run_id: str = "") -> Iterator[bool]:
+    """Keep runs of this state from starting until the block ends; they wait.
+
+    Args:
+        state_uri: Where the runs' folders are.
+        run_id: The caller's own run, if it is one.
+
+    Yields:
+        Whether no other run lives.
+    """
+    runs = Path(state_uri) / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    with FileLock(runs / STARTING):
+        yield not any(_locked(lock) for lock in runs.glob("*.alive") if lock.stem != run_id)
+
+
+def _locked(lock: Path) -> bool:
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,12 @@ class Index(Settings):
         le=1,
         description="Refuse a run that would delete more than this share of the index.",
     )
+    keep_generations: int = Field(
+        default=5,
+        ge=1,
+        description="Most generations that stay readable; fewer where they would take more than "
+        "twice the bytes of the newest one and the cache.",
+    )
 
 
 class State(Settings):
