@@ -47,7 +47,7 @@ FOREVER = timedelta(days=36_500)
 LATENESS_S = (0.001, 0.002, 0.005, 0.02, 0.1, 1.0, 10.0)
 """What LanceDB may take from our look at the clock to its own; the tag stops it if more.
 
-As little as will do: a rewrite makes a version that needs the old files milliseconds before its own.
+As little as will do: milliseconds before its own version a rewrite makes one of the old files.
 """
 
 logger = logging.getLogger(__name__)
