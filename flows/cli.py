@@ -181,10 +181,12 @@ def maintain(
     ] = None,
 ) -> None:
     """Compact the index, drop old generations, build what makes searches fast."""
+    from tasks.maintain import require_index  # noqa: PLC0415
     from tasks.params import load_config  # noqa: PLC0415
     from tasks.summary import as_text  # noqa: PLC0415
 
     loaded = load_config(config, settings)
+    require_index(loaded)  # a mistake is told before Prefect is started
     with prefect_log(Path(loaded.state.uri) / "logs", "maintain"):
         from flows.maintain import maintain as flow  # noqa: PLC0415
 

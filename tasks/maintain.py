@@ -18,7 +18,7 @@ from tasks.journal import none_starts
 from tasks.keys import KeySet
 from tasks.lance import open_table, read_batches, writing
 from tasks.ledger import Ledger
-from tasks.params import Config, Index
+from tasks.params import Config
 from tasks.providers import Space
 from tasks.schemas import HASH
 from tasks.search_indexes import build_search_indexes
@@ -71,29 +71,40 @@ def maintain(config: Config, prune_cache: int | None = None) -> Maintained:
         EmbedOnceError: The cache cannot be pruned now; the message says why.
         SettingsError: There is no index yet.
     """
+    table = require_index(config)
+    before = _bytes(config)
+    run_id = f"maintain-{uuid4()}"
+    with held(config.index, run_id):
+        adopt(config.index)
+        cache = Cache(config.state.uri, identity_of(table).space)
+        known = generations(table)[: -config.index.keep_generations]
+        dropped = [each.number for each in known]
+        with writing(f"the index {config.index.table!r} in {config.index.uri}"):
+            done = tidy(config.index, cache, run_id, thorough=True)
+            done += build_search_indexes(require_index(config), config.metric)
+        if dropped:
+            done.insert(0, f"generations given up: {', '.join(map(str, dropped))}")
+        done += _tidy_state(config.state.uri)
+        if prune_cache is not None:
+            done += prune_caches(config.state.uri, prune_cache)
+        kept = tuple(each.number for each in generations(require_index(config)))
+    after = _bytes(config)
+    return Maintained(config.name, tuple(done), kept, (before[0], after[0]), (before[1], after[1]))
+
+
+def require_index(config: Config) -> Table:
+    """The index.
+
+    Raises:
+        SettingsError: There is none yet.
+    """
     table = open_index(config.index)
     if table is None:
         raise SettingsError(
             f"There is no index {config.index.table!r} in {config.index.uri} yet. "
             "Run `embed-once reindex` with this config first."
         )
-    before = _bytes(config)
-    run_id = f"maintain-{uuid4()}"
-    with held(config.index, run_id):
-        adopt(config.index)
-        cache = Cache(config.state.uri, identity_of(table).space)
-        dropped = _beyond(config.index)
-        with writing(f"the index {config.index.table!r} in {config.index.uri}"):
-            done = tidy(config.index, cache, run_id, thorough=True)
-            done += build_search_indexes(_opened(config.index), config.metric)
-        if dropped:
-            done.insert(0, f"generations given up: {', '.join(map(str, dropped))}")
-        done += _tidy_state(config.state.uri)
-        if prune_cache is not None:
-            done += prune_caches(config.state.uri, prune_cache)
-        kept = tuple(each.number for each in generations(_opened(config.index)))
-    after = _bytes(config)
-    return Maintained(config.name, tuple(done), kept, (before[0], after[0]), (before[1], after[1]))
+    return table
 
 
 def prune_caches(state_uri: str, days: int) -> list[str]:
@@ -152,12 +163,6 @@ def _used(state_uri: str) -> dict[Space, list[pa.Array]]:
     return used
 
 
-def _beyond(index: Index) -> list[int]:
-    """Generations that are about to be given up."""
-    known = generations(_opened(index))
-    return [each.number for each in known[: -index.keep_generations]]
-
-
 def _tidy_state(state_uri: str) -> list[str]:
     """Compact the small tables of the state; each is opened for one reading or writing only."""
     done = []
@@ -169,13 +174,6 @@ def _tidy_state(state_uri: str) -> list[str]:
             table.optimize(cleanup_older_than=timedelta(minutes=1))
         done.append(f"{name} compacted")
     return done
-
-
-def _opened(index: Index) -> Table:
-    table = open_index(index)
-    if table is None:  # it was there when we took the lock
-        raise EmbedOnceError(f"The index {index.table!r} in {index.uri} is gone.")
-    return table
 
 
 def _bytes(config: Config) -> tuple[int, int]:

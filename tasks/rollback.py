@@ -39,6 +39,7 @@ from tasks.report import (
     ledger_row,
 )
 from tasks.schemas import HASH
+from tasks.tidy import keep_newest
 
 SCAN_ROWS = 8192
 
@@ -72,6 +73,7 @@ def rollback(config: Config, number: int | None = None) -> RunReport:
             table.checkout(target.version)
             table.restore()
             generation = tag_generation(table)
+        keep_newest(table, config.index.keep_generations)
         report = RunReport(
             run_id=run_id,
             name=config.name,

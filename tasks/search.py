@@ -96,7 +96,7 @@ def _fused(table: Table, config: Config, vector: Vectors, text: str, k: int) -> 
     near = _near(table, config, vector, depth).with_row_id(True).to_arrow()
     words: LanceFtsQueryBuilder = table.search(text, query_type="fts", fts_columns="text")  # type: ignore[assignment]
     worded = words.limit(depth).select([*SHOWN, "_score"]).with_row_id(True).to_arrow()
-    best = RRFReranker().rerank_hybrid(text, near, worded).slice(0, k)
+    best = RRFReranker(return_score="all").rerank_hybrid(text, near, worded).slice(0, k)
     lacking = best.filter(pc.is_null(best.column("_distance"))).column("id").to_pylist()
     if not lacking:
         return best

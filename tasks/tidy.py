@@ -38,12 +38,13 @@ WASTE = 0.2
 """Share of the live bytes that may be waste before a table is rewritten."""
 FRAGMENTS = 50
 """Most fragments before the index is rewritten; each one costs a search."""
-IN_USE = "embed-once-newest"
 REWRITTEN = 0.1
 """LanceDB writes a fragment anew of which more than this share is deleted."""
 DISK_FACTOR = 2 * 0.97
 """Times the live bytes that index and cache may take; the rest is for manifests."""
 FOREVER = timedelta(days=36_500)
+BRIEFLY = timedelta(milliseconds=1)
+"""All versions but the newest, which always stays, are older."""
 LATENESS_S = (0.001, 0.002, 0.005, 0.02, 0.1, 1.0, 10.0)
 """What LanceDB may take from our look at the clock to its own; the tag stops it if more.
 
@@ -260,7 +261,8 @@ def tidy(
     # Where vectors are few beside the texts, an early rewrite fits and a late one does not.
     last_chance = shape.waste > FLOOR and room < shape.live + 2 * shape.bytes_of(wrote)
     overdue = shape.waste > 2 * worth + FLOOR and len(shape.copies) == 1
-    if shape.live > floor and ((room >= shape.live and (due or last_chance)) or overdue):
+    fits = shape.live <= max(room, FLOOR)
+    if shape.live > floor and ((fits and (due or last_chance)) or overdue):
         rewrite(table)
         done.append(f"{shape.fragments:,} fragments written into one ({shape.live:,} bytes)")
     return done
@@ -286,23 +288,24 @@ def rewrite(table: Table) -> None:
     table.create_index("run_id", config=Bitmap(), name=COVER, replace=True)
 
 
-def prune(table: Table, since: int, *, only_writer: bool = True) -> int:
-    """Drop all versions before `since`, which carries a tag.
+def prune(table: Table, since: int) -> int:
+    """Drop all versions before `since`, and what killed writers left.
 
     Args:
-        table: At its newest version.
-        since: The oldest version to keep.
-        only_writer: Nobody else writes to the table: what killed writers left goes too.
+        table: At its newest version; nobody else writes to it.
+        since: The oldest version to keep: the newest one, or one that carries a tag.
 
     Returns:
-        Bytes that are no longer needed, by the manifests.
+        Bytes freed.
     """
     before = shape_of(table).disk
     at = next(each["timestamp"] for each in table.list_versions() if each["version"] == since)
     for lateness in LATENESS_S:
         age = datetime.now(tz=UTC) - at.astimezone(UTC) + timedelta(seconds=lateness)
+        if since == table.version:
+            age = BRIEFLY
         try:
-            table.optimize(cleanup_older_than=age, delete_unverified=only_writer)
+            table.optimize(cleanup_older_than=age, delete_unverified=True)
         except RuntimeError as error:
             if "tagged version" not in str(error) or lateness == LATENESS_S[-1]:
                 raise
@@ -331,7 +334,8 @@ def tidy_cache(cache: Cache, run_id: str, *, room: int, thorough: bool = False) 
     shape = shape_of(table)
     spare = shape.disk - shape.live
     due = shape.fragments > FRAGMENTS or spare > max(int(WASTE * shape.live), FLOOR)
-    if not (due or (thorough and shape.fragments > 1)) or shape.live > room:
+    needs = shape.live if shape.fragments > 1 else 0
+    if not (due or (thorough and shape.fragments > 1)) or needs > max(room, FLOOR):
         return []
     with none_starts(cache.state_uri, run_id) as alone:
         if not alone:
@@ -346,13 +350,11 @@ def drop_old_versions(table: Table) -> int:
     """Drop all versions but the newest of a table that nobody else uses.
 
     Returns:
-        Bytes that are no longer needed, by the manifests.
+        Bytes freed.
     """
-    table.tags.create(IN_USE, table.version)
-    try:
-        return prune(table, table.version, only_writer=False)
-    finally:
-        table.tags.delete(IN_USE)
+    before = shape_of(table).disk
+    table.optimize(cleanup_older_than=BRIEFLY)
+    return max(before - shape_of(table).disk, 0)
 
 
 @contextmanager
