@@ -192,6 +192,53 @@ def history(config: ConfigPath, settings: SetOption = []) -> None:  # noqa: B006
 
 
 @app.command()
+def rollback(
+    config: ConfigPath,
+    generation: Annotated[
+        int | None,
+        typer.Argument(metavar="[GENERATION]", help="Default: the one before the newest."),
+    ] = None,
+    settings: SetOption = [],  # noqa: B006
+) -> None:
+    """Publish an older generation of the index again, at no cost."""
+    from tasks.params import load_config  # noqa: PLC0415
+    from tasks.rollback import rollback as go_back  # noqa: PLC0415
+    from tasks.summary import as_text, chunk_rows, headline  # noqa: PLC0415
+
+    done = go_back(load_config(config, settings), generation)
+    print(headline(done))
+    print(as_text(chunk_rows(done.chunks)))
+
+
+@app.command()
+def maintain(
+    config: ConfigPath,
+    settings: SetOption = [],  # noqa: B006
+    prune_cache: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="DAYS",
+            help="Forget vectors that no index sharing the state uses and that are older.",
+        ),
+    ] = None,
+) -> None:
+    """Compact the index, drop old generations, build what makes searches fast."""
+    from tasks.maintain import require_index  # noqa: PLC0415
+    from tasks.params import load_config  # noqa: PLC0415
+    from tasks.summary import as_text  # noqa: PLC0415
+
+    loaded = load_config(config, settings)
+    require_index(loaded)  # a mistake is told before Prefect is started
+    with prefect_log(Path(loaded.state.uri) / "logs", "maintain"):
+        from flows.maintain import maintain as flow  # noqa: PLC0415
+
+        done = flow(config, prune_cache, settings)
+    print(f"{done.name}: maintained.")
+    print(as_text(done.rows()))
+
+
+@app.command()
 def simulate(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8765,
     settings: Annotated[

@@ -28,9 +28,10 @@ from tasks.embed import Embedded, embed_batch, retry_when_busy
 from tasks.errors import EmbedOnceError, RunStopped, SettingsError, StorageFailed
 from tasks.fill import Filled, Filling
 from tasks.index import adopt, held, vectors_of
-from tasks.journal import About, Refused, RunFolder, fold, unfolded_answers
+from tasks.journal import RunFolder, fold, unfolded_answers
 from tasks.ledger import Ledger
 from tasks.limiter import LimiterStatistics
+from tasks.notes import About, Refused
 from tasks.params import Config, Overrides, TableSource, configured
 from tasks.plan import Survey, require_few_leave, require_runnable, require_safe, survey
 from tasks.progress import Progress, listening, tell

@@ -15,7 +15,8 @@ from prefect.events import emit_event
 
 from tasks import findings
 from tasks.findings import Verified, to_do_lines, verified_rows
-from tasks.journal import Call
+from tasks.maintain import Maintained
+from tasks.notes import Call
 from tasks.plan import Plan, plan_rows
 from tasks.progress import Progress
 from tasks.report import RunReport
@@ -98,6 +99,15 @@ def publish_report(report: RunReport, calls: Sequence[Call]) -> None:
                 round(sum(latencies) / len(latencies) * 1000, 1) if latencies else 0.0
             ),
         },
+    )
+
+
+def publish_maintained(maintained: Maintained) -> None:
+    """What maintenance did, as Markdown."""
+    create_markdown_artifact(
+        as_markdown(f"Maintenance of {maintained.name}", "", maintained.rows()),
+        key=key("maintain", maintained.name),
+        description="What was done, and the bytes before and after.",
     )
 
 

@@ -6,12 +6,14 @@ A hit in the wrong space is impossible: the space names the table. Indexes that 
 
 import threading
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import lancedb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from lancedb.table import Table
 
 from tasks.errors import EmbedOnceError
@@ -32,6 +34,9 @@ SPACE = b"embed_once.space"
 """Key of the space in a table's metadata."""
 ENTRIES = 8192
 """Entries dropped at a time."""
+REMEMBERED_AT = pa.field("remembered_at", pa.timestamp("ms", "UTC"))
+"""Column of the table: when the vector came; null where it came before the column did."""
+PREFIX = "vectors-"
 
 
 class Cache:
@@ -39,7 +44,7 @@ class Cache:
 
     def __init__(self, state_uri: str, space: Space) -> None:
         self.space = space
-        self.name = f"vectors-{space.id}"
+        self.name = f"{PREFIX}{space.id}"
         self._uri = state_uri
         self._table: Table | None = None
         self._hashes = pa.array([], HASH)
@@ -167,8 +172,10 @@ class Cache:
         if not new.num_rows:
             return 0
         with writing(self._told):
-            if self._table is None:
+            if self._table is None or REMEMBERED_AT.name not in self._table.schema.names:
                 self._table = make_table(self._uri, self.name, self._schema())
+            now = pa.scalar(datetime.now(tz=UTC), REMEMBERED_AT.type)
+            new = new.append_column(REMEMBERED_AT, pa.repeat(now, new.num_rows))
             self._table.merge_insert("text_hash").when_not_matched_insert_all().execute(new)
         self.refresh()
         return int(new.num_rows)
@@ -190,22 +197,68 @@ class Cache:
     def _told(self) -> str:
         return f"the cache {self.name} in {self._uri}"
 
+    @property
+    def state_uri(self) -> str:
+        """The folder it is in."""
+        return self._uri
+
+    def table(self) -> Table | None:
+        """The table at its newest version, for maintenance; None where there is none yet."""
+        return open_table(self._uri, self.name)
+
+    def drop_unused(self, used: KeySet, before: datetime) -> int:
+        """Forget what nothing uses and what came before a time.
+
+        What came at an unknown time stays. Nobody else may use the cache meanwhile.
+
+        Args:
+            used: text_hash of each vector to keep whatever its age.
+            before: With a time zone.
+
+        Returns:
+            Vectors dropped.
+        """
+        table = self.table()
+        if table is None or REMEMBERED_AT.name not in table.schema.names:
+            return 0
+        limit = pa.scalar(before, REMEMBERED_AT.type)
+        row_ids, hashes = list[npt.NDArray[np.uint64]](), list[pa.Array]()
+        for entries in read_located(table, ["text_hash", REMEMBERED_AT.name]):
+            old = pc.less(entries.column(REMEMBERED_AT.name), limit).fill_null(False)
+            gone = np.asarray(old) & ~used.holds(entries.column("text_hash"))
+            row_ids.append(entries.column("_rowid").to_numpy()[gone])
+            hashes.append(entries.column("text_hash").filter(pa.array(gone)))
+        dropped = pa.chunked_array(hashes, HASH).combine_chunks()
+        if len(dropped):
+            self.forget(np.concatenate(row_ids), dropped)
+        return len(dropped)
+
     def _schema(self) -> pa.Schema:
         text_hash, vector = vectors_schema(self.space.vector_type)
         return pa.schema(
-            [text_hash.with_metadata(PRIMARY_KEY), vector],
+            [text_hash.with_metadata(PRIMARY_KEY), vector, REMEMBERED_AT],
             metadata={SPACE: self.space.to_json().encode()},
         )
 
 
-def caches_beside(cache: Cache, state_uri: str) -> Iterator[Cache]:
+def caches(state_uri: str) -> list[Cache]:
+    """All caches of a state, one a space."""
+    return [Cache(state_uri, space) for space in _spaces(state_uri)]
+
+
+def caches_beside(cache: Cache, state_uri: str) -> list[Cache]:
     """The caches of other spaces whose vectors are of the same type."""
-    if is_local(state_uri) and not Path(state_uri).exists():
+    return [
+        Cache(state_uri, space)
+        for space in _spaces(state_uri)
+        if space != cache.space and space.vector_type == cache.space.vector_type
+    ]
+
+
+def _spaces(state_uri: str) -> Iterator[Space]:
+    if is_local(state_uri) and not Path(state_uri).is_dir():
         return
     for name in lancedb.connect(state_uri).list_tables(limit=1000).tables:
-        table = open_table(state_uri, name) if name.startswith("vectors-") else None
-        if table is None or SPACE not in (table.schema.metadata or {}):
-            continue
-        space = Space.from_json(table.schema.metadata[SPACE].decode())
-        if space != cache.space and space.vector_type == cache.space.vector_type:
-            yield Cache(state_uri, space)
+        table = open_table(state_uri, name) if name.startswith(PREFIX) else None
+        if table is not None and SPACE in (table.schema.metadata or {}):
+            yield Space.from_json(table.schema.metadata[SPACE].decode())

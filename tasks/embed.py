@@ -31,9 +31,10 @@ from tasks.errors import (
     RunStopped,
     StorageFailed,
 )
-from tasks.journal import Call, Refused, read_answer
+from tasks.journal import read_answer
 from tasks.keys import KeySet
 from tasks.limits import Learned
+from tasks.notes import Call, Refused
 from tasks.providers import Vectors, checked_vectors
 from tasks.quota import Sending
 from tasks.schemas import BATCH, Batch

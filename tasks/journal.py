@@ -2,6 +2,7 @@
 
 Each run has a folder under `state.uri`:
 
+    starting                          held while a run starts, or none may
     runs/<run id>.alive               locked as long as the run lives
     runs/<run id>/answers/*.arrow     one file an answer: vectors, and the call in its metadata
     runs/<run id>/calls/*.json        calls that have no answer here: they failed, or were folded
@@ -19,7 +20,7 @@ the next run on it finds it as if it stood in its place.
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from hashlib import blake2b
@@ -29,93 +30,19 @@ from typing import Any
 import pyarrow as pa
 
 from tasks.cache import SPACE, Cache
-from tasks.errors import StorageFailed
+from tasks.errors import IndexHeld, StorageFailed
+from tasks.notes import About, Call, Refused
 from tasks.providers import Space, Vectors
 from tasks.schemas import require, vectors_schema
-from tasks.storage import local_folder, storage_at
+from tasks.storage import Taken, local_folder, storage_at
 from tasks.storage.rescue import Rescuing
 
 CALL = b"embed_once.call"
 CHECKSUM = b"embed_once.checksum"
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call to a provider, as the ledger keeps it.
-
-    Attributes:
-        run_id: The run that made it.
-        batch: Number of its batch, from 1; 0 for a call that belongs to none.
-        attempt: Of the batch, from 1.
-        call: Of the attempt, from 1.
-        cause: Why it was made: "first", "retry" after a failure, "wait" after the account's
-            limit was reached, "split" of a batch too large, "isolate" to find a text that is
-            refused, "proof" that the provider takes any text, "query" of a search, "verify" of a
-            text whose vector is known.
-        status: "ok", or the class of the error; "unforeseen" where it was none of ours.
-        started_at: ISO 8601, UTC.
-        waited: Seconds it waited for its turn before it was sent.
-        seconds: From sending to the end of the answer.
-        texts: Texts in it.
-        tokens_estimated: By our own count.
-        tokens_billed: By the provider's word; 0 where it failed.
-        usd: tokens_billed at list price.
-        request_id: The provider's name for it.
-    """
-
-    run_id: str
-    batch: int
-    attempt: int
-    call: int
-    cause: str
-    status: str
-    started_at: str
-    waited: float
-    seconds: float
-    texts: int
-    tokens_estimated: int
-    tokens_billed: int
-    usd: float
-    request_id: str
-
-    @property
-    def key(self) -> tuple[int, int, int]:
-        """What tells it from all other calls of its run."""
-        return self.batch, self.attempt, self.call
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A text that no call will embed.
-
-    Attributes:
-        text_hash: Which.
-        reason: In the provider's words, cut, without the text.
-        lasting: Whether it is the text's fault, so that it is not worth sending again.
-    """
-
-    text_hash: bytes
-    reason: str
-    lasting: bool = True
-
-
-@dataclass(frozen=True)
-class About:
-    """What a run is.
-
-    Attributes:
-        run_id: Also the id of the Prefect flow run.
-        name: The config's name.
-        index: Folder and table.
-        started_at: ISO 8601, UTC.
-        concurrency: Most calls in flight.
-    """
-
-    run_id: str
-    name: str
-    index: str
-    started_at: str
-    concurrency: int
+STARTING = "starting.lock"
+"""Held while a run marks itself as living, or while none may start."""
+STARTING_S = 600.0
+"""So long a run waits to start while the cache is pruned."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +87,10 @@ class RunFolder:
             about: What the ledger says of the run if it dies.
         """
         storage = storage_at(self.state_uri)
-        with storage.held(self.lock, self.run_id):  # first, so that no other run takes us up
+        with ExitStack() as stack:
+            with _starting(self.state_uri, self.run_id):
+                # First, so that no other run takes us up.
+                stack.enter_context(storage.held(self.lock, self.run_id))
             if about is not None:
                 storage.write(self._path("run.json"), json.dumps(asdict(about)).encode())
             try:
@@ -292,6 +222,36 @@ class RunFolder:
         text = json.dumps(rows).encode()
         name = blake2b(text, digest_size=16).hexdigest()
         self.files.write(self._path(kind, f"{name}.json"), text)
+
+
+@contextmanager
+def none_starts(state_uri: str, run_id: str = "") -> Iterator[bool]:
+    """Keep runs of this state from starting until the block ends; they wait.
+
+    Args:
+        state_uri: Where the runs' folders are.
+        run_id: The caller's own run, if it is one.
+
+    Yields:
+        Whether no other run lives.
+    """
+    storage = storage_at(state_uri)
+    with _starting(state_uri, run_id):
+        others = (RunFolder(state_uri, each) for each in run_ids(state_uri) if each != run_id)
+        yield not any(storage.lives(other.lock) for other in others)
+
+
+@contextmanager
+def _starting(state_uri: str, run_id: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(storage_at(state_uri).held(STARTING, run_id, STARTING_S))
+        except Taken as taken:  # only of this lock
+            raise IndexHeld(
+                f"No run can start on the state in {state_uri} while its cache is pruned, by "
+                f"{taken}. Run again when that has ended."
+            ) from None
+        yield
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from lancedb.table import Table
 
-from tasks.journal import Call
 from tasks.lance import durable, make_table, open_table, writing
+from tasks.notes import Call
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,69 +9,18 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     model_validator,
 )
 
+from tasks.addresses import HttpAddress, LocalPath, StoragePath
 from tasks.errors import SettingsError
-from tasks.storage import SCHEMES
-
-
-def _at_home(path: str, info: ValidationInfo) -> str:
-    """`path` made absolute from the project folder."""
-    if "://" in path and not path.startswith("file://"):
-        raise ValueError("only index.uri and state.uri may be in object storage; name a local path")
-    base = (info.context or {}).get("base", Path.cwd())
-    try:
-        return str((Path(base) / Path(path.removeprefix("file://")).expanduser()).resolve())
-    except RuntimeError as error:  # of a user who does not exist
-        raise ValueError(str(error)) from None
-
-
-def _at_home_or_stored(uri: str, info: ValidationInfo) -> str:
-    """The address of an object store, written one way only, or a path as in `_at_home`."""
-    scheme, separator, rest = uri.partition("://")
-    if not separator or scheme == "file":
-        return _at_home(uri, info)
-    if scheme not in SCHEMES:
-        known = ", ".join(f"{each}://" for each in SCHEMES)
-        raise ValueError(f"name a local folder or an address that begins with {known}")
-    parts = [part for part in rest.split("/") if part]
-    if not parts or rest.startswith("/") or {".", ".."} & set(parts) or set("@?#") & set(rest):
-        raise ValueError(
-            f"write {scheme}://bucket/prefix; keys and endpoint come from the environment"
-        )
-    return f"{scheme}://{'/'.join(parts)}"
-
-
-LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_at_home)]
-"""A path on this machine, absolute once it is validated."""
-
-StoragePath = Annotated[str, Field(min_length=1), AfterValidator(_at_home_or_stored)]
-"""The same, or the address of a place in an object store, such as `s3://bucket/prefix`."""
-
-
-def _address(url: str) -> str:
-    """`url`, if it can be the address of an API and holds no secret."""
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ValueError("write an address such as https://api.voyageai.com/v1")
-    if parts.username or parts.password or parts.query:
-        raise ValueError("an address holds no user, password or key")
-    return url.rstrip("/")
-
-
-HttpAddress = Annotated[str, AfterValidator(_address)]
-"""Address of an API, without a slash at its end."""
 
 
 class Settings(BaseModel):
@@ -185,6 +134,12 @@ class Index(Settings):
         ge=0,
         allow_inf_nan=False,
         description="Seconds to wait for another run that holds the index; 0: refuse at once.",
+    )
+    keep_generations: int = Field(
+        default=5,
+        ge=1,
+        description="Most generations that stay readable; fewer where they would take more than "
+        "twice the bytes of the newest one and the cache.",
     )
 
 

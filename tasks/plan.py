@@ -21,9 +21,10 @@ from tasks.errors import SettingsError, StorageFailed
 from tasks.fill import Filled
 from tasks.fingerprint import Keyed, fingerprint
 from tasks.index import Identity, identity_of, open_index, require_space, scan
-from tasks.journal import Refused, unfolded_hashes
+from tasks.journal import unfolded_hashes
 from tasks.keys import KeySet, hash_column
 from tasks.lookup import LookedUp, lookup
+from tasks.notes import Refused
 from tasks.pack import Packed, pack
 from tasks.params import Config, FilesSource, Overrides
 from tasks.providers import Provider

@@ -29,6 +29,7 @@ from tasks.lance import quoted, read_batches, writing
 from tasks.params import Index
 from tasks.schemas import DELETIONS, HASH, TableRef, metadata_fields, rows_schema
 from tasks.stage import stage
+from tasks.tidy import cover, make_room, tidy, unharmed
 
 MERGE_BYTES = 192 * 2**20
 """Most bytes of changed rows that are merged; beyond, the table is written anew.
@@ -102,6 +103,11 @@ def publish(
         way = "overwrite"
     if way == "none":
         return _nothing_new(table)
+    with unharmed():
+        replaced = updates + len(gone)
+        writes = None if way == "overwrite" else rows.rows
+        make_room(index, cache, run_id, writes=writes, leaves=replaced)
+    table = open_index(index)
     vectors = _with_vectors(rows, metadata, schema, cache, run_id)
     held = partial(require_held, index, run_id)
     new = pa.RecordBatchReader.from_batches(schema, _then(vectors, held))
@@ -126,6 +132,10 @@ def publish(
                 )
             _require_rows(table, before, expected, held)
         newest = tag_generation(table)
+    with unharmed():
+        if way == "overwrite":
+            cover(table)
+        tidy(index, cache, run_id, wrote=rows.rows)
     return Published(way, newest.number, newest.version, expected)
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from lancedb.table import Table
 
-from tasks.journal import Refused
 from tasks.lance import PRIMARY_KEY, durable, make_table, open_table, quoted, writing
+from tasks.notes import Refused
 from tasks.schemas import HASH
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tasks.cache import Cache
-from tasks.journal import Call, RunFolder, fold, read_answer, run_ids
+from tasks.journal import RunFolder, fold, read_answer, run_ids
+from tasks.notes import Call
 from tasks.storage import Taken, storage_at
 
 

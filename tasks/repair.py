@@ -17,10 +17,11 @@ import pyarrow as pa
 from tasks.errors import EmbedOnceError
 from tasks.findings import Finding, Repair, Verified
 from tasks.index import Identity, adopt, broken_tags, generations, held, open_index
-from tasks.journal import About, RunFolder, fold
+from tasks.journal import RunFolder, fold
 from tasks.keys import KeySet, first_of_each
 from tasks.ledger import Ledger
 from tasks.mending import Mending, bad_rows, mended, require_few_leave
+from tasks.notes import About
 from tasks.params import Config
 from tasks.publish import publish
 from tasks.quarantine import Quarantine

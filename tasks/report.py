@@ -160,6 +160,7 @@ class RunReport(Part):
         index: Folder and table.
         generation: The newest one after the run; 0 where there is none.
         published: "none" where nothing changed, else how it was committed.
+        restored: The older generation that a rollback published again; null for other runs.
         state: "completed", "unchanged", "quarantined" (the provider refuses some texts),
             "incomplete" (something could not be read), "failed", "cancelled" or
             "died" (killed; told by the run that takes up after it).
@@ -193,6 +194,7 @@ class RunReport(Part):
     latency_ms: Latency
     concurrency: Concurrency
     memory: Memory
+    restored: int | None = None
     waited_seconds: dict[str, float] = {}
     refused: tuple[LeftOut, ...] = ()
     skipped: dict[str, int] = {}

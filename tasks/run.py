@@ -16,9 +16,10 @@ from tasks.claims import Shared
 from tasks.compare import tally
 from tasks.errors import BatchTooLarge, ProviderThrottled
 from tasks.fill import Filled
-from tasks.journal import About, Call, Refused, RunFolder
+from tasks.journal import RunFolder
 from tasks.ledger import Ledger
 from tasks.limiter import LimiterStatistics
+from tasks.notes import About, Call, Refused
 from tasks.params import Config, Overrides
 from tasks.plan import Survey, chunks_of, cost_of, index_name, texts_of
 from tasks.publish import Published

@@ -7,19 +7,29 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-from lancedb.query import LanceVectorQueryBuilder
+import pyarrow as pa
+import pyarrow.compute as pc
+from lancedb.query import LanceFtsQueryBuilder, LanceVectorQueryBuilder
+from lancedb.rerankers import RRFReranker
+from lancedb.table import Table
 from pydantic import BaseModel
 
 from tasks.catalog import facts_for
 from tasks.errors import ProviderError, SettingsError
 from tasks.index import open_index, require_space
-from tasks.journal import Call
+from tasks.lance import quoted
 from tasks.ledger import Ledger
+from tasks.notes import Call
 from tasks.params import Config
 from tasks.providers import Answer, Provider, Vectors, checked_vectors
 from tasks.providers.opening import open_embedder
 from tasks.report import place
+from tasks.search_indexes import REFINE, text_index, vector_index
 
+SHOWN = ["id", "document", "start_line", "end_line", "text"]
+FUSED = 10
+"""Least rows of each kind that are fused. On 1,000 docstrings and their functions, lexical vectors
+of 1024 numbers found 0.735 in the first ten, fused with ten by words 0.840, with fifty 0.807."""
 SNIPPET_LINES = 4
 SNIPPET_WIDTH = 100
 
@@ -45,7 +55,9 @@ class Hit(BaseModel):
 
 
 def search(config: Config, text: str, k: int = 5) -> list[Hit]:
-    """The `k` chunks of the index nearest to `text`, nearest first.
+    """The `k` chunks of the index that answer `text` best, best first.
+
+    Nearest by vector; where the index has one of words, fused with those that share its words.
 
     Raises:
         SettingsError: There is no index yet, it is of another space, or the text is blank.
@@ -61,11 +73,47 @@ def search(config: Config, text: str, k: int = 5) -> list[Hit]:
         )
     require_space(table, config.index, provider.space)
     vector = _embedded(config, provider.for_queries(), text)
+    if text_index(table) is None:
+        found = _near(table, config, vector, k).to_arrow()
+    else:
+        found = _fused(table, config, vector, text, k)
+    rows: list[dict[str, Any]] = found.to_pylist()
+    return [Hit(distance=row["_distance"], **{name: row[name] for name in SHOWN}) for row in rows]
+
+
+def _near(table: Table, config: Config, vector: Vectors, k: int) -> LanceVectorQueryBuilder:
+    """A query for the `k` rows nearest to `vector`."""
     query: LanceVectorQueryBuilder = table.search(vector, vector_column_name="vector")  # type: ignore[assignment]
     query = query.distance_type(config.metric)  # type: ignore[arg-type] # it takes hamming too
-    columns = ["id", "document", "start_line", "end_line", "text", "_distance"]
-    rows: list[dict[str, Any]] = query.limit(k).select(columns).to_list()
-    return [Hit(distance=row.pop("_distance"), **row) for row in rows]
+    if vector_index(table) is not None:
+        query = query.refine_factor(REFINE)
+    return query.limit(k).select([*SHOWN, "_distance"])
+
+
+def _fused(table: Table, config: Config, vector: Vectors, text: str, k: int) -> pa.Table:
+    """The best `k` rows by vector and by words, fused by reciprocal rank."""
+    depth = max(k, FUSED)
+    near = _near(table, config, vector, depth).with_row_id(True).to_arrow()
+    words: LanceFtsQueryBuilder = table.search(text, query_type="fts", fts_columns="text")  # type: ignore[assignment]
+    worded = words.limit(depth).select([*SHOWN, "_score"]).with_row_id(True).to_arrow()
+    best = RRFReranker(return_score="all").rerank_hybrid(text, near, worded).slice(0, k)
+    lacking = best.filter(pc.is_null(best.column("_distance"))).column("id").to_pylist()
+    if not lacking:
+        return best
+    ids = ", ".join(map(quoted, lacking))
+    exact = _near(table, config, vector, len(lacking)).where(f"id IN ({ids})", prefilter=True)
+    known = {row["id"]: row["_distance"] for row in exact.bypass_vector_index().to_list()}
+    return best.set_column(
+        best.schema.get_field_index("_distance"),
+        "_distance",
+        pa.array(
+            [
+                known[row["id"]] if row["_distance"] is None else row["_distance"]
+                for row in best.select(["id", "_distance"]).to_pylist()
+            ],
+            pa.float32(),
+        ),
+    )
 
 
 def _embedded(config: Config, provider: Provider, text: str) -> Vectors:

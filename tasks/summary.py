@@ -134,6 +134,11 @@ def headline(report: RunReport) -> str:
         return f"{report.name}: failed; the index is as it was."
     if report.state == "cancelled":
         return f"{report.name}: cancelled; the index is as it was, what was paid for is kept."
+    if report.published == "rollback":
+        return (
+            f"{report.name}: generation {report.generation} published, the same as generation "
+            f"{report.restored}. A reindex brings the index forward again at no cost."
+        )
     left_out = ""
     if report.chunks.quarantined:
         left_out += f" {report.chunks.quarantined:,} chunks are left out: their text is refused."

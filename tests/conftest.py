@@ -15,10 +15,11 @@ import pytest
 from tasks.claims import Shared, take_up
 from tasks.embed import embed_batch
 from tasks.fill import Filled, Filling
-from tasks.index import adopt, held, vectors_of
-from tasks.journal import Call, RunFolder, fold, unfolded_answers
+from tasks.index import adopt, held, open_index, vectors_of
+from tasks.journal import RunFolder, fold, unfolded_answers
 from tasks.keys import KeySet, hash_column, text_hash
 from tasks.limits import Limits
+from tasks.notes import Call
 from tasks.params import Config, Index, Overrides
 from tasks.plan import Survey, require_safe, survey
 from tasks.providers.lexical import Lexical
@@ -165,6 +166,52 @@ class MemoryReader:
 @pytest.fixture(scope="session")
 def memory_reader() -> type[MemoryReader]:
     return MemoryReader
+
+
+@dataclass
+class Library:
+    """A table of chunks in a folder, and the config of an index of it."""
+
+    folder: Path
+    run: Callable[..., "Ran"]
+    settings: dict[str, Any] = field(default_factory=dict)
+    name: str = "t"
+
+    @property
+    def config(self) -> Config:
+        place = {"uri": str(self.folder / "index"), "table": self.name}
+        values: dict[str, Any] = {
+            "name": self.name,
+            "source": {"kind": "table", "path": str(self.folder / f"{self.name}.arrow")},
+            "embedding": {"provider": "lexical", "dimension": 256},
+            "index": {**place, "max_deleted_fraction": 1.0, **self.settings},
+            "state": {"uri": str(self.folder / "state")},
+        }
+        return Config.model_validate(values)
+
+    def reindex(self, texts: Mapping[str, str], **options: Any) -> "Ran":
+        """Make the corpus `texts`, by id, and the index follow it."""
+        table = pa.table({"id": pa.array(texts, pa.utf8()), "text": list(texts.values())})
+        with pa.ipc.new_file(self.folder / f"{self.name}.arrow", table.schema) as writer:
+            writer.write_table(table)
+        return self.run(self.config, **options)
+
+    def texts(self) -> dict[str, str]:
+        """The rows that readers see, by id."""
+        table = open_index(self.config.index)
+        assert table is not None
+        rows = table.search().select(["id", "text"]).to_list()
+        return {row["id"]: row["text"] for row in rows}
+
+
+@pytest.fixture(scope="session")
+def library_class() -> type[Library]:
+    return Library
+
+
+@pytest.fixture
+def library(tmp_path: Path, reindex: Callable[..., "Ran"]) -> Library:
+    return Library(tmp_path, reindex)
 
 
 class Died(Exception):

@@ -19,8 +19,9 @@ from flows.cancelling import Whole
 from tasks.errors import RunStopped
 from tasks.history import history
 from tasks.index import generations, open_index
-from tasks.journal import Call, RunFolder
+from tasks.journal import RunFolder
 from tasks.limits import Limits
+from tasks.notes import Call
 from tasks.params import load_config
 from tasks.providers.lexical import Lexical
 from tasks.providers.voyage import Voyage

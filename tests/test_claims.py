@@ -25,9 +25,10 @@ from tasks.claims import Claims, Standing, take_up
 from tasks.embed import Embedded, embed_batch
 from tasks.errors import ProviderBusy, RunStopped
 from tasks.index import open_index
-from tasks.journal import Call, RunFolder, fold
+from tasks.journal import RunFolder, fold
 from tasks.keys import hash_column, text_hash
 from tasks.limits import Limits
+from tasks.notes import Call
 from tasks.params import Config
 from tasks.providers import Answer
 from tasks.providers.lexical import Lexical

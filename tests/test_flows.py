@@ -36,10 +36,11 @@ from tasks.errors import (
 )
 from tasks.history import history
 from tasks.index import generations, held, open_index
-from tasks.journal import Call, RunFolder, fold
+from tasks.journal import RunFolder, fold
 from tasks.keys import hash_column, text_hash
 from tasks.ledger import Ledger
 from tasks.limits import Learned, Limits
+from tasks.notes import Call
 from tasks.params import Config, Overrides, load_config
 from tasks.plan import make_plan, survey
 from tasks.providers import Answer, Space

@@ -10,6 +10,7 @@ import pytest
 from prefect import Flow
 from prefect.utilities.callables import parameter_schema
 
+from flows.maintain import maintain
 from flows.plan import plan
 from flows.reindex import reindex
 from flows.smoke import smoke
@@ -59,7 +60,7 @@ def test_no_file_in_flows_hides_an_importable_module() -> None:
     assert names & importable == set()
 
 
-@pytest.mark.parametrize("flow", [reindex, plan, verify], ids=lambda flow: str(flow.name))
+@pytest.mark.parametrize("flow", [reindex, plan, verify, maintain], ids=lambda flow: str(flow.name))
 def test_every_field_of_a_form_is_described(flow: Flow[..., object]) -> None:
     schema = parameter_schema(flow)
     fields = dict(schema.properties)
@@ -70,7 +71,7 @@ def test_every_field_of_a_form_is_described(flow: Flow[..., object]) -> None:
 
 
 def test_a_flow_is_named_like_its_file() -> None:
-    for flow in (reindex, plan, smoke, verify):
+    for flow in (reindex, plan, smoke, verify, maintain):
         assert flow.fn.__module__ == f"flows.{flow.name}"
 
 

@@ -20,8 +20,6 @@ from hypothesis import strategies as st
 from tasks.cache import Cache
 from tasks.errors import EmbedOnceError
 from tasks.journal import (
-    Call,
-    Refused,
     RunFolder,
     StoredAnswer,
     fold,
@@ -30,6 +28,7 @@ from tasks.journal import (
     unfolded_hashes,
 )
 from tasks.keys import hash_column, text_hash
+from tasks.notes import Call, Refused
 from tasks.providers import Space
 from tasks.providers.lexical import Lexical
 from tasks.recover import Recovered, recover

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from tasks.journal import Call
 from tasks.ledger import Ledger
+from tasks.notes import Call
 
 
 def test_an_empty_ledger_gives_empty_frames(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ import requests
 from tasks.cache import Cache
 from tasks.errors import IndexHeld, LockLost, SettingsError, StorageFailed
 from tasks.index import Identity, held, open_index
-from tasks.journal import Call, RunFolder
+from tasks.journal import RunFolder
 from tasks.keys import hash_column, text_hash
+from tasks.notes import Call
 from tasks.params import Config, Index, Overrides
 from tasks.plan import make_plan, require_runnable
 from tasks.providers import Space

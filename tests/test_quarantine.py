@@ -6,9 +6,10 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.journal import About, Call, Refused, RunFolder
+from tasks.journal import RunFolder
 from tasks.keys import text_hash
 from tasks.ledger import Ledger
+from tasks.notes import About, Call, Refused
 from tasks.providers import Space
 from tasks.quarantine import Quarantine, quarantined
 from tasks.recover import recover

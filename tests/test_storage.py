@@ -21,8 +21,9 @@ import pytest
 from tasks.cache import Cache
 from tasks.errors import StorageFailed
 from tasks.index import Identity, committing
-from tasks.journal import Call, RunFolder, fold, unfolded_hashes
+from tasks.journal import RunFolder, fold, unfolded_hashes
 from tasks.keys import hash_column, text_hash
+from tasks.notes import Call
 from tasks.params import Index
 from tasks.providers.lexical import Lexical
 from tasks.recover import Recovered, recover

@@ -27,9 +27,9 @@ from tasks.cache import Cache
 from tasks.errors import EmbedOnceError, IndexHeld, SettingsError
 from tasks.findings import RECALL_BOUND, ToPay, Verified
 from tasks.index import generations, held, open_index
-from tasks.journal import Refused
 from tasks.keys import text_hash
 from tasks.ledger import Ledger
+from tasks.notes import Refused
 from tasks.params import Config, Overrides
 from tasks.plan import make_plan
 from tasks.providers import UNIT_TOLERANCE, Space

@@ -1,0 +1,182 @@
+"""Maintain: the index made fast, what nobody needs dropped, the cache kept to what is used.
+
+A reindex tidies by itself what would grow without bounds; this does the rest.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import pyarrow as pa
+from lancedb.table import Table
+
+from tasks.cache import PREFIX, Cache, caches
+from tasks.errors import EmbedOnceError, SettingsError
+from tasks.index import adopt, generations, held, identity_of, open_index
+from tasks.journal import none_starts
+from tasks.keys import KeySet
+from tasks.lance import open_table, read_batches, writing
+from tasks.ledger import Ledger
+from tasks.params import Config
+from tasks.providers import Space
+from tasks.schemas import HASH
+from tasks.search_indexes import build_search_indexes
+from tasks.storage import is_local
+from tasks.tidy import bytes_of_folder, drop_old_versions, tidy
+
+STATE_TABLES = ("ledger", "calls", "quarantine", "calibrations")
+STATE_VERSIONS = 10
+"""Versions of such a table that are not worth compacting it."""
+SCAN_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Maintained:
+    """What was done.
+
+    Attributes:
+        name: The config's name.
+        done: What, a phrase each.
+        kept: Numbers of the generations that stay readable.
+        index_bytes: Of the index on disk, before and after.
+        state_bytes: Of cache, ledger and what else there is under state.uri, before and after.
+    """
+
+    name: str
+    done: tuple[str, ...]
+    kept: tuple[int, ...]
+    index_bytes: tuple[int, int]
+    state_bytes: tuple[int, int]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For people: label and value."""
+        return [
+            *(("done", each) for each in self.done or ("nothing was due",)),
+            ("generations kept", ", ".join(map(str, self.kept)) or "none"),
+            ("index", "{:,} bytes, before {:,}".format(*reversed(self.index_bytes))),
+            ("state", "{:,} bytes, before {:,}".format(*reversed(self.state_bytes))),
+        ]
+
+
+def maintain(config: Config, prune_cache: int | None = None) -> Maintained:
+    """Tidy the index and its state, and build what makes searches fast.
+
+    Args:
+        config: Whose index.
+        prune_cache: Drop cache entries that no kept generation of any index sharing the state
+            uses and that are older than so many days; None: none.
+
+    Raises:
+        IndexHeld: Another run holds the index.
+        EmbedOnceError: The cache cannot be pruned now; the message says why.
+        SettingsError: There is no index yet.
+    """
+    table = require_index(config)
+    before = _bytes(config)
+    run_id = f"maintain-{uuid4()}"
+    with held(config.index, run_id):
+        adopt(config.index)
+        cache = Cache(config.state.uri, identity_of(table).space)
+        known = generations(table)[: -config.index.keep_generations]
+        dropped = [each.number for each in known]
+        with writing(f"the index {config.index.table!r} in {config.index.uri}"):
+            done = tidy(config.index, cache, run_id, thorough=True)
+            done += build_search_indexes(require_index(config), config.metric)
+        if dropped:
+            done.insert(0, f"generations given up: {', '.join(map(str, dropped))}")
+        done += _tidy_state(config.state.uri)
+        if prune_cache is not None:
+            done += prune_caches(config.state.uri, prune_cache, run_id)
+        kept = tuple(each.number for each in generations(require_index(config)))
+    after = _bytes(config)
+    return Maintained(config.name, tuple(done), kept, (before[0], after[0]), (before[1], after[1]))
+
+
+def require_index(config: Config) -> Table:
+    """The index.
+
+    Raises:
+        SettingsError: There is none yet.
+    """
+    table = open_index(config.index)
+    if table is None:
+        raise SettingsError(
+            f"There is no index {config.index.table!r} in {config.index.uri} yet. "
+            "Run `embed-once reindex` with this config first."
+        )
+    return table
+
+
+def prune_caches(state_uri: str, days: int, run_id: str = "prune") -> list[str]:
+    """Drop what no index needs from all caches of a state, while none of its runs lives or starts.
+
+    Entries of an unknown age, from before their age was kept, stay.
+
+    Returns:
+        What was done, a phrase each.
+
+    Raises:
+        EmbedOnceError: A run of this state is going on, or an index cannot be found.
+    """
+    before = datetime.now(tz=UTC) - timedelta(days=days)
+    with none_starts(state_uri, run_id) as alone:
+        if not alone:
+            raise EmbedOnceError(
+                f"Another run of the state in {state_uri} is going on, and counts on the cache. "
+                "Prune the cache when it has ended; nothing of the cache was dropped."
+            )
+        used = _used(state_uri)
+        done = []
+        for cache in caches(state_uri):
+            keys = KeySet(pa.chunked_array(used.get(cache.space, []), HASH))
+            dropped = cache.drop_unused(keys, before)
+            table = cache.table()
+            if dropped and table is not None:
+                drop_old_versions(table)
+                name = cache.name.removeprefix(PREFIX)
+                done.append(f"{dropped:,} vectors of {name} forgotten, unused for {days:,} days")
+    return done
+
+
+def _used(state_uri: str) -> dict[Space, list[pa.Array]]:
+    """text_hash of each row of each kept generation of all indexes that share the state."""
+    runs = Ledger(state_uri).runs()
+    used: dict[Space, list[pa.Array]] = {}
+    for name in sorted(set(runs["index"])) if len(runs) else []:
+        folder, _, table_name = str(name).rpartition("/")
+        if is_local(folder) and not Path(folder).is_dir():
+            raise EmbedOnceError(
+                f"The folder of the index {name}, which shares the state in {state_uri}, is not "
+                "there, so nobody can tell what it needs; nothing of the cache was dropped. Bring "
+                "it back, or make an empty folder in its place if the index is gone for good."
+            )
+        table = open_table(folder, table_name)
+        if table is None:
+            continue
+        known = used.setdefault(identity_of(table).space, [])
+        newest = table.version
+        for version in {newest, *(each.version for each in generations(table))}:
+            table.checkout(version)
+            known += [
+                batch.column("text_hash") for batch in read_batches(table, SCAN_ROWS, ["text_hash"])
+            ]
+    return used
+
+
+def _tidy_state(state_uri: str) -> list[str]:
+    """Compact the small tables of the state; each is opened for one reading or writing only."""
+    done = []
+    for name in STATE_TABLES:
+        table = open_table(state_uri, name)
+        if table is None or len(table.list_versions()) <= STATE_VERSIONS:
+            continue
+        with writing(f"the table {name} in {state_uri}"):
+            table.optimize(cleanup_older_than=timedelta(minutes=1))
+        done.append(f"{name} compacted")
+    return done
+
+
+def _bytes(config: Config) -> tuple[int, int]:
+    index = f"{config.index.uri}/{config.index.table}.lance"
+    return bytes_of_folder(index), bytes_of_folder(config.state.uri)

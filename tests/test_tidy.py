@@ -1,0 +1,289 @@
+"""Index and cache stay within twice their live bytes, and the newest generations readable."""
+
+import itertools
+import random
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import pytest
+from lancedb.table import Table
+
+import tasks.publish
+import tasks.tidy
+from tasks.cache import Cache
+from tasks.index import generations, open_index
+from tasks.journal import RunFolder, none_starts
+from tasks.keys import hash_column, text_hash
+from tasks.maintain import maintain
+from tasks.params import Config
+from tasks.providers.lexical import Lexical
+from tasks.tidy import bytes_of_folder, prune, shape_of, tidy, tidy_cache
+
+WORDS = [f"word{number:x}" for number in range(5000)]
+
+
+class Corpus:
+    """Texts by id that change day by day, a share of them changed, added and deleted each."""
+
+    def __init__(self, rows: int, words: int = 60) -> None:
+        self._random, self._words, self._ids = random.Random(7), words, itertools.count()
+        self.texts: dict[str, str] = {}
+        self.add(rows)
+
+    def add(self, rows: int) -> None:
+        for number in itertools.islice(self._ids, rows):
+            self.texts[f"id{number:06}"] = self._text()
+
+    def age(self, rows: int) -> None:
+        """Change and delete so many, and add as many."""
+        for id_ in self._random.sample(sorted(self.texts), rows):
+            self.texts[id_] = self._text()
+        for id_ in self._random.sample(sorted(self.texts), rows):
+            del self.texts[id_]
+        self.add(rows)
+
+    def _text(self) -> str:
+        return " ".join(self._random.choices(WORDS, k=self._words))
+
+
+def index_of(library: Any) -> Table:
+    table = open_index(library.config.index)
+    assert table is not None
+    return table
+
+
+def cache_of(library: Any, lexical: Lexical) -> Cache:
+    return Cache(library.config.state.uri, lexical.space)
+
+
+def on_disk(config: Config) -> int:
+    """Bytes of the index and of its cache."""
+    caches = Path(config.state.uri).glob("vectors-*.lance")
+    index = Path(config.index.uri) / f"{config.index.table}.lance"
+    return sum(bytes_of_folder(str(each)) for each in (index, *caches))
+
+
+def live(config: Config, folder: Path) -> int:
+    """Bytes of the newest generation and the cache, each freshly written."""
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh, state = lancedb.connect(folder), lancedb.connect(config.state.uri)
+    table = open_index(config.index)
+    assert table is not None
+    fresh.create_table("index", table.to_arrow())
+    for name in state.list_tables().tables:
+        if name.startswith("vectors-"):
+            fresh.create_table(name, state.open_table(name).to_arrow())
+    return bytes_of_folder(str(folder))
+
+
+@contextmanager
+def watched(config: Config) -> Iterator[list[int]]:
+    """The most bytes that index and cache took at any time of the block."""
+    most, ended = [0], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.002):
+            most[0] = max(most[0], on_disk(config))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        watcher.join()
+        most[0] = max(most[0], on_disk(config))
+
+
+def test_daily_changes_never_take_more_than_twice_the_live_bytes(
+    library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, copies = Corpus(600), []
+    library.reindex(corpus.texts)
+    for day in range(1, 12):
+        corpus.age(24)
+        way = {4: 0}.get(day, tasks.publish.MERGE_BYTES)
+        with monkeypatch.context() as patched, watched(library.config) as most:
+            patched.setattr(tasks.publish, "MERGE_BYTES", way)
+            library.reindex(corpus.texts)
+        bytes_live = live(library.config, tmp_path / "fresh")
+        print(f"day {day}: {most[0]:,} bytes at most, {bytes_live:,} live")
+        assert most[0] <= 2 * bytes_live
+        copies.append(len(shape_of(index_of(library)).copies))
+    assert library.texts() == corpus.texts
+    assert {1, 2} == set(copies)  # it was written anew, and the old copy went
+    kept = [each.number for each in generations(index_of(library))]
+    assert kept == list(range(13 - len(kept), 13))
+    assert len(kept) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("maintained", [False, True], ids=["left alone", "maintained"])
+def test_two_hundred_daily_runs_never_take_more_than_twice_the_live_bytes(
+    library: Any, tmp_path: Path, maintained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = Corpus(2000)
+    library.reindex(corpus.texts)
+    worst, fewest, merge_bytes = 0.0, 5, tasks.publish.MERGE_BYTES
+    ways = set()
+    for day in range(1, 200):
+        if day % 7:
+            corpus.age(20)
+        else:
+            corpus.add(20)
+        monkeypatch.setattr(tasks.publish, "MERGE_BYTES", merge_bytes if day % 10 else 0)
+        with watched(library.config) as most:
+            ways.add(library.reindex(corpus.texts).published.way)
+            if maintained and day % 5 == 0:
+                maintain(library.config)
+        bytes_live = live(library.config, tmp_path / "fresh")
+        worst = max(worst, most[0] / bytes_live)
+        kept = generations(index_of(library))
+        fewest = min(fewest, len(kept)) if day > 5 else fewest
+        for each in kept:
+            table = index_of(library)
+            table.checkout(each.version)
+            assert table.count_rows() > 1900
+        if day % 20 == 0:
+            print(f"day {day}: {most[0]:,} bytes at most, {bytes_live:,} live, worst {worst:.3f}")
+    print(f"worst {worst:.3f} times the live bytes, {fewest} generations kept at least")
+    assert library.texts() == corpus.texts
+    assert ways == {"add", "merge", "overwrite"}
+    assert worst <= 2
+    assert fewest >= 2
+
+
+@pytest.fixture
+def no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small tables of these tests are worth tidying."""
+    monkeypatch.setattr(tasks.tidy, "FLOOR", 0)
+
+
+def numbered(count: int, word: str = "word") -> dict[str, str]:
+    return {f"id{number}": f"{word} {number}" for number in range(count)}
+
+
+def test_a_run_that_changes_nothing_makes_no_version(library: Any, no_floor: None) -> None:
+    library.reindex(numbered(20))
+    library.reindex(numbered(20, "other"))
+    before = index_of(library).list_versions()
+    assert library.reindex(numbered(20, "other")).published.way == "none"
+    assert index_of(library).list_versions() == before
+
+
+def test_the_newest_generations_stay_readable_as_they_were(library: Any) -> None:
+    library.settings = {"keep_generations": 3}
+    for generation in range(1, 6):
+        library.reindex(numbered(20, f"text{generation}"))
+    table = index_of(library)
+    assert [each.number for each in generations(table)] == [3, 4, 5]
+    for each in generations(table):
+        table.checkout(each.version)
+        words = {text.split()[0] for text in table.to_arrow().column("text").to_pylist()}
+        assert words == {f"text{each.number}"}
+
+
+def test_pruning_drops_what_is_older_and_nothing_else(library: Any) -> None:
+    for generation in range(1, 5):
+        library.reindex(numbered(20, f"text{generation}"))
+    table = index_of(library)
+    known = generations(table)
+    for gone in known[:2]:
+        table.tags.delete(f"gen-{gone.number}")
+    prune(table, known[2].version)
+    versions = {each["version"] for each in table.list_versions()}
+    assert versions >= {known[2].version, known[3].version}
+    assert versions.isdisjoint({known[0].version, known[1].version})
+    table.checkout(known[2].version)
+    assert table.to_arrow().column("text").to_pylist()[0].startswith("text3")
+
+
+def test_a_prune_leaves_the_fragment_of_the_last_rewrite_alone(
+    library: Any, no_floor: None
+) -> None:
+    library.reindex(numbered(200))
+    table = index_of(library)
+    tasks.tidy.rewrite(table)
+    base = table.search().with_row_id(True).select(["id"]).limit(1).to_list()[0]
+    texts = numbered(200)
+    for number in range(4):
+        texts |= {f"id{number}": "changed", f"new{number}": "added"}
+        library.reindex(texts)
+    table = index_of(library)
+    assert shape_of(table).fragments == 5
+    prune(table, generations(table)[-1].version)
+    assert shape_of(table).fragments == 2
+    first = table.search().with_row_id(True).select(["id"]).limit(1).to_list()[0]
+    assert first["_rowid"] >> 32 == base["_rowid"] >> 32
+    assert library.texts() == texts
+
+
+def test_a_tidying_that_fails_does_not_fail_the_run(
+    library: Any, no_floor: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("no disk")
+
+    monkeypatch.setattr(tasks.tidy, "shape_of", fail)
+    library.reindex(numbered(20))
+    library.reindex(numbered(20, "other"))
+    assert library.texts() == numbered(20, "other")
+    assert "left for the next run: no disk" in caplog.text
+
+
+def test_a_cache_that_another_run_has_open_is_left_alone(library: Any, lexical: Lexical) -> None:
+    for generation in range(3):
+        library.reindex(numbered(20, f"text{generation}"))
+    theirs = cache_of(library, lexical)
+    with RunFolder(library.config.state.uri, "other").alive():
+        assert tidy_cache(cache_of(library, lexical), "mine", room=10**9, thorough=True) == []
+        vectors = theirs.vectors(hash_column([text_hash("text0 7")]))
+        assert vectors[0].as_py() == lexical.embed(["text0 7"]).vectors[0].tolist()
+    (done,) = tidy_cache(cache_of(library, lexical), "mine", room=10**9, thorough=True)
+    assert "cache compacted, 3 fragments" in done
+    table = cache_of(library, lexical).table()
+    assert table is not None
+    assert len(table.list_versions()) == 1
+
+
+def test_no_run_starts_while_none_may(library: Any) -> None:
+    state, order = library.config.state.uri, []
+
+    def start() -> None:
+        with RunFolder(state, "other").alive():
+            order.append("started")
+
+    other = threading.Thread(target=start)
+    with none_starts(state) as alone:
+        assert alone
+        other.start()
+        time.sleep(0.2)
+        order.append("ended")
+    other.join()
+    assert order == ["ended", "started"]
+    with RunFolder(state, "other").alive(), none_starts(state) as alone:
+        assert not alone
+    with RunFolder(state, "mine").alive(), none_starts(state, "mine") as alone:
+        assert alone
+
+
+def test_tidying_thoroughly_twice_does_nothing_the_second_time(
+    library: Any, lexical: Lexical
+) -> None:
+    texts: Mapping[str, str] = numbered(50)
+    for number in range(9):
+        texts = {**texts, f"new{number}": f"added {number}"}
+        library.reindex(texts)
+    first = tidy(library.config.index, cache_of(library, lexical), "mine", thorough=True)
+    version = index_of(library).version
+    assert any("written into one" in each for each in first)
+    assert tidy(library.config.index, cache_of(library, lexical), "mine", thorough=True) == []
+    assert index_of(library).version == version
+    assert library.texts() == texts
