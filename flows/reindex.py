@@ -104,9 +104,9 @@ def reindex(config: str, overrides: Overrides = Overrides()) -> Any:
     about = about_run(settings, folder.run_id, clock)
     with ExitStack() as stack:
         stack.enter_context(held(settings.index, folder.run_id))
+        stack.enter_context(folder.alive(about))  # from here on nobody prunes the cache
         recovered = recover(settings.state.uri, record_death)
         adopt(settings.index)
-        stack.enter_context(folder.alive(about))
         stack.enter_context(_waits_logged())
         try:
             report = _reindex(

@@ -2,7 +2,7 @@
 
 Each run has a folder under `state.uri`:
 
-    runs/starting.lock           held while a run starts, or none may
+    starting.lock                held while a run starts, or none may
     runs/<run id>.alive          locked as long as the run lives
     runs/<run id>/answers/*.arrow    one file an answer: vectors, and the call in its metadata
     runs/<run id>/calls.jsonl    one line a provider call, whatever became of it
@@ -154,7 +154,7 @@ class RunFolder:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            with FileLock(self.path.with_name(STARTING)):
+            with FileLock(Path(self.state_uri) / STARTING):
                 # Before there is a folder that another run could take up.
                 stack.enter_context(FileLock(self.lock))
             self.staging.mkdir(parents=True, exist_ok=True)
@@ -272,8 +272,8 @@ def none_starts(state_uri: str, run_id: str = "") -> Iterator[bool]:
         Whether no other run lives.
     """
     runs = Path(state_uri) / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    with FileLock(runs / STARTING):
+    Path(state_uri).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(state_uri) / STARTING):
         yield not any(_locked(lock) for lock in runs.glob("*.alive") if lock.stem != run_id)
 
 
