@@ -156,9 +156,9 @@ def _run(config: str, overrides: Overrides) -> RunReport:
     with ExitStack() as stack:
         stack.enter_context(_waits_logged())
         stack.enter_context(held(settings.index, folder.run_id))
-        recovered = recover(settings.state.uri, record_death)
+        stack.enter_context(folder.alive(about))  # from here on nobody prunes the cache
+        recovered = recover(settings.state.uri, record_death, besides=folder.run_id)
         adopt(settings.index)
-        stack.enter_context(folder.alive(about))
         try:
             ready = _embedded(settings, overrides, folder, clock)
             report = whole.run(lambda: _published(ready, folder, recovered, about, clock))

@@ -2,7 +2,7 @@
 
 Each run has a folder under `state.uri`:
 
-    starting                          held while a run starts, or none may
+    starting.lock                     held while a run starts, or none may
     runs/<run id>.alive               locked as long as the run lives
     runs/<run id>/answers/*.arrow     one file an answer: vectors, and the call in its metadata
     runs/<run id>/calls/*.json        calls that have no answer here: they failed, or were folded

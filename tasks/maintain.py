@@ -12,7 +12,7 @@ import pyarrow as pa
 from lancedb.table import Table
 
 from tasks.cache import PREFIX, Cache, caches
-from tasks.errors import EmbedOnceError, SettingsError
+from tasks.errors import EmbedOnceError, IndexHeld, SettingsError
 from tasks.index import adopt, generations, held, identity_of, open_index
 from tasks.journal import none_starts
 from tasks.keys import KeySet
@@ -23,7 +23,7 @@ from tasks.providers import Space
 from tasks.schemas import HASH
 from tasks.search_indexes import build_search_indexes
 from tasks.storage import is_local
-from tasks.tidy import bytes_of_folder, drop_old_versions, tidy
+from tasks.tidy import bytes_of_folder, drop_old_versions, keep_newest, tidy
 
 STATE_TABLES = ("ledger", "calls", "quarantine", "calibrations")
 STATE_VERSIONS = 10
@@ -68,26 +68,29 @@ def maintain(config: Config, prune_cache: int | None = None) -> Maintained:
             uses and that are older than so many days; None: none.
 
     Raises:
-        IndexHeld: Another run holds the index.
-        EmbedOnceError: The cache cannot be pruned now; the message says why.
+        IndexHeld: Another run holds the index, or counts on the cache that is to be pruned.
+        EmbedOnceError: An index that shares the cache cannot be found.
         SettingsError: There is no index yet.
     """
-    table = require_index(config)
+    require_index(config)  # before the lock: it would make the folder
     before = _bytes(config)
     run_id = f"maintain-{uuid4()}"
     with held(config.index, run_id):
         adopt(config.index)
-        cache = Cache(config.state.uri, identity_of(table).space)
-        known = generations(table)[: -config.index.keep_generations]
-        dropped = [each.number for each in known]
-        with writing(f"the index {config.index.table!r} in {config.index.uri}"):
-            done = tidy(config.index, cache, run_id, thorough=True)
-            done += build_search_indexes(require_index(config), config.metric)
-        if dropped:
-            done.insert(0, f"generations given up: {', '.join(map(str, dropped))}")
-        done += _tidy_state(config.state.uri)
+        table = require_index(config)
+        given_up = generations(table)[: -config.index.keep_generations]
+        keep_newest(table, config.index.keep_generations)
+        done = []
+        if given_up:
+            names = ", ".join(str(each.number) for each in given_up)
+            done.append(f"generations given up: {names}")
         if prune_cache is not None:
             done += prune_caches(config.state.uri, prune_cache, run_id)
+        with writing(f"the index {config.index.table!r} in {config.index.uri}"):
+            cache = Cache(config.state.uri, identity_of(table).space)
+            done += tidy(config.index, cache, run_id, thorough=True)
+            done += build_search_indexes(require_index(config), config.metric)
+        done += _tidy_state(config.state.uri)
         kept = tuple(each.number for each in generations(require_index(config)))
     after = _bytes(config)
     return Maintained(config.name, tuple(done), kept, (before[0], after[0]), (before[1], after[1]))
@@ -117,12 +120,13 @@ def prune_caches(state_uri: str, days: int, run_id: str = "prune") -> list[str]:
         What was done, a phrase each.
 
     Raises:
-        EmbedOnceError: A run of this state is going on, or an index cannot be found.
+        IndexHeld: A run of this state is going on.
+        EmbedOnceError: An index cannot be found.
     """
     before = datetime.now(tz=UTC) - timedelta(days=days)
     with none_starts(state_uri, run_id) as alone:
         if not alone:
-            raise EmbedOnceError(
+            raise IndexHeld(
                 f"Another run of the state in {state_uri} is going on, and counts on the cache. "
                 "Prune the cache when it has ended; nothing of the cache was dropped."
             )

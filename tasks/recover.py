@@ -25,18 +25,21 @@ class Recovered:
 Record = Callable[[RunFolder, list[Call]], None]
 
 
-def recover(state_uri: str, record: Record) -> Recovered:
+def recover(state_uri: str, record: Record, besides: str = "") -> Recovered:
     """Fold what runs that died have left; leave living runs alone.
 
     Args:
         state_uri: Where the runs' folders are.
         record: Takes a dead run, its calls and its refused texts where they belong.
+        besides: The caller's own run.
 
     Raises:
         EmbedOnceError: The state cannot be read or written; what was left stays.
     """
     recovered = Recovered()
     for run_id in run_ids(state_uri):
+        if run_id == besides:
+            continue
         folder = RunFolder(state_uri, run_id)
         try:
             with storage_at(state_uri).held(folder.lock, run_id):

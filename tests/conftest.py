@@ -254,28 +254,27 @@ def reindex() -> Callable[..., Ran]:
     ) -> Ran:
         overrides = overrides or Overrides()
         folder, calls = RunFolder(config.state.uri, f"run-{next(numbers):04d}"), list[Call]()
-        with held(config.index, folder.run_id):
+        with held(config.index, folder.run_id), folder.alive():
             recovered = recover(config.state.uri, lambda _, found: calls.extend(found))
             adopt(config.index)
-            with folder.alive():
-                found = survey(config, overrides, folder.staging)
-                require_safe(found, overrides)
-                for known in vectors_of(config.index, found.looked_up.in_index):
-                    found.cache.remember([known])
-                living = unfolded_answers(config.state.uri, found.cache.space)
-                found.cache.remember(answer.table for answer in living)
-                before_second_pass()
-                filled, sent = embed_all(found, folder, die_after)
-                published = publish(
-                    rows=filled.rows,
-                    deletions=filled.deletions,
-                    updates=filled.updates,
-                    index=config.index,
-                    identity=found.identity,
-                    cache=found.cache,
-                    run_id=folder.run_id,
-                )
-                folder.forget_notes()
+            found = survey(config, overrides, folder.staging)
+            require_safe(found, overrides)
+            for known in vectors_of(config.index, found.looked_up.in_index):
+                found.cache.remember([known])
+            living = unfolded_answers(config.state.uri, found.cache.space)
+            found.cache.remember(answer.table for answer in living)
+            before_second_pass()
+            filled, sent = embed_all(found, folder, die_after)
+            published = publish(
+                rows=filled.rows,
+                deletions=filled.deletions,
+                updates=filled.updates,
+                index=config.index,
+                identity=found.identity,
+                cache=found.cache,
+                run_id=folder.run_id,
+            )
+            folder.forget_notes()
         return Ran(found, published, sent, recovered, calls)
 
     return run

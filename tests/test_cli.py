@@ -143,7 +143,7 @@ def test_search_prints_json_for_machines(home: Path) -> None:
 def test_history_lists_the_run(home: Path) -> None:
     listed = embed_once("history", "birds.yaml", cwd=home)
     assert listed.returncode == 0, listed.stderr
-    assert re.search(r"^ +1  20\S+ +completed +3 ", listed.stdout, re.MULTILINE)
+    assert re.search(r"^ +1  now +20\S+ +completed +3 +3 ", listed.stdout, re.MULTILINE)
 
 
 def test_plan_shows_absolute_paths_and_leaves_no_trace(home: Path) -> None:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -86,7 +86,7 @@ def test_an_index_that_a_run_holds_is_left_alone(library: Any) -> None:
 
 def holds(library: Any, lexical: Lexical, *texts: str) -> list[bool]:
     cache = Cache(library.config.state.uri, lexical.space)
-    return cache.holds(hash_column([text_hash(text) for text in texts])).tolist()
+    return [bool(cache.holds(hash_column([text_hash(text)]))[0]) for text in texts]
 
 
 def recorded(library: Any) -> None:
@@ -106,12 +106,12 @@ def test_only_what_no_kept_generation_of_any_index_uses_is_forgotten(
     recorded(other)
     rollback(library.config)
     state = library.config.state.uri
-    texts = ("gone", "kept", "newest", "theirs")
+    paid_for = ("gone", "kept", "newest", "theirs")
     assert prune_caches(state, days=1) == []  # nothing is a day old
-    assert holds(library, lexical, *texts) == [True] * 4
+    assert holds(library, lexical, *paid_for) == [True] * 4
     (done,) = prune_caches(state, days=0)
     assert done.startswith("1 vectors of lexical-256-")
-    assert holds(library, lexical, *texts) == [False, True, True, True]
+    assert holds(library, lexical, *paid_for) == [False, True, True, True]
     assert library.reindex({"a": "gone"}).sent == ["gone"]  # paid for once more
     assert library.reindex({"a": "newest", "b": "theirs"}).sent == []
 
@@ -121,7 +121,7 @@ def test_nothing_is_forgotten_while_a_run_lives(library: Any, lexical: Lexical) 
     recorded(library)
     with (
         RunFolder(library.config.state.uri, "living").alive(),
-        pytest.raises(EmbedOnceError, match=r"going on.*nothing of the cache was dropped"),
+        pytest.raises(IndexHeld, match=r"going on.*nothing of the cache was dropped"),
     ):
         prune_caches(library.config.state.uri, days=0)
     assert holds(library, lexical, "one") == [True]
@@ -166,7 +166,7 @@ class Polling:
         self.failed: list[BaseException] = []
         self._holder = open_index(library.config.index)
 
-    def __enter__(self) -> "Polling":
+    def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._poll)
         self._thread.start()
         return self

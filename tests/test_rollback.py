@@ -78,7 +78,7 @@ def test_what_cannot_be_gone_back_to_is_said_with_what_can(library: Any) -> None
         with pytest.raises(SettingsError, match="is not kept; choose one of 2, 3") as caught:
             rollback(library.config, number)
         assert caught.value.exit_code == 2
-    with pytest.raises(SettingsError, match="Generation 3 .* is the newest one already"):
+    with pytest.raises(SettingsError, match="is the newest one already"):
         rollback(library.config, 3)
     assert library.texts() == THREE
     assert kept(library) == [2, 3]
@@ -101,8 +101,8 @@ def test_a_rollback_that_dies_before_its_tag_is_adopted(
     def die(_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(tasks.rollback, "tag_generation", die)
+    monkeypatch.setattr(tasks.rollback, "tag_generation", die)
+    with pytest.raises(KeyboardInterrupt):
         rollback(library.config)
     assert kept(library) == [1, 2]
     adopt(library.config.index)

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lancedb
 import numpy as np
+import pyarrow as pa
 import pytest
 
 import tasks.publish
@@ -131,12 +133,9 @@ def test_the_vector_index_follows_the_metric(library: Any, small: None, metric: 
 
 
 def test_bits_get_lists_of_bits(library: Any, small: None) -> None:
-    import lancedb  # noqa: PLC0415
-    import pyarrow as pa  # noqa: PLC0415
-
     bits = np.random.default_rng(1).integers(0, 256, (COUNT, 32), dtype=np.uint8)
     column = pa.FixedSizeListArray.from_arrays(pa.array(bits.reshape(-1)), 32)
-    table = lancedb.connect(library.folder / "bits").create_table(
+    table: Any = lancedb.connect(library.folder / "bits").create_table(
         "t", pa.table({"vector": column, "text": ["word"] * COUNT})
     )
     assert len(build_search_indexes(table, "hamming")) == 2

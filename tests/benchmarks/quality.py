@@ -1,4 +1,4 @@
-"""How well `lexical` finds code by its description, and how fast.
+"""How well `lexical` finds code by its description, alone and fused with words, and how fast.
 
 1000 first paragraphs of docstrings are the queries, the functions they were taken from, without
 the docstring, are the documents, all from the packages installed here. The choice depends on the
@@ -11,6 +11,7 @@ import inspect
 import platform
 import re
 import sysconfig
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,11 +20,16 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from flows.reindex import run
 from tasks.catalog import facts_for, limits_for
-from tasks.params import Embedding, LimitSettings
+from tasks.maintain import maintain
+from tasks.params import Embedding, LimitSettings, load_config
 from tasks.providers import Vectors
 from tasks.providers.lexical import Lexical
+from tasks.search import search
 
 PAIRS = 1000
 PAIRS_A_FILE = 2
@@ -114,11 +120,37 @@ def main() -> None:
             embedding = Embedding(provider="lexical", dimension=dimension)
             lexical = Lexical(dimension, limits_for(LimitSettings(), facts_for(embedding)))
             place = ranks(lexical.embed(descriptions).vectors, lexical.embed(documents).vectors)
-            reciprocal = np.where(place <= AT, 1 / place, 0).mean()
-            print(
-                f"| {form} | {dimension} | {reciprocal:.3f} | {(place == 1).mean():.3f} "
-                f"| {(place <= AT).mean():.3f} | {_texts_a_second(lexical, documents):,.0f} |"
-            )
+            speed = f"{_texts_a_second(lexical, documents):,.0f}"
+            print(_row(form, dimension, place, speed))
+            print(_row(f"{form}, fused", dimension, _fused(descriptions, documents, dimension), ""))
+
+
+def _row(form: str, dimension: int, place: npt.NDArray[np.int64], speed: str) -> str:
+    reciprocal = np.where(place <= AT, 1 / place, 0).mean()
+    return (
+        f"| {form} | {dimension} | {reciprocal:.3f} | {(place == 1).mean():.3f} "
+        f"| {(place <= AT).mean():.3f} | {speed} |"
+    )
+
+
+def _fused(descriptions: list[str], documents: list[str], dimension: int) -> npt.NDArray[np.int64]:
+    """For each query the place of its own document in a search of an index with one of words."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "documents.parquet"
+        names = [str(number) for number in range(len(documents))]
+        pq.write_table(pa.table({"id": names, "text": documents}), file)
+        (Path(folder) / "quality.yaml").write_text(
+            "name: quality\nsource: {kind: table, path: documents.parquet}\n"
+            f"embedding: {{provider: lexical, dimension: {dimension}}}\n"
+            "index: {uri: index, table: t}\nstate: {uri: state}\n",
+            encoding="utf-8",
+        )
+        run(str(Path(folder) / "quality.yaml"))
+        config = load_config(Path(folder) / "quality.yaml")
+        maintain(config)
+        found = [[hit.id for hit in search(config, text, AT)] for text in descriptions]
+    own = zip(found, names, strict=True)
+    return np.array([ids.index(name) + 1 if name in ids else AT + 1 for ids, name in own])
 
 
 def _texts_a_second(lexical: Lexical, documents: list[str]) -> float:
