@@ -62,10 +62,9 @@ class Mending:
             at = KeySet(found.corpus.column("key")).positions(touched)
         in_corpus = at >= 0
         texts = found.corpus.column("text_hash").take(pa.array(at[in_corpus]))
-        refused, cached = np.zeros(len(at), dtype=bool), np.zeros(len(at), dtype=bool)
-        refused[in_corpus] = found.refused.holds(texts)
-        cached[in_corpus] = cache.holds(texts)
-        from_corpus = cached & ~refused
+        refused, from_corpus = np.zeros(len(at), dtype=bool), np.zeros(len(at), dtype=bool)
+        from_corpus[in_corpus] = cache.holds(texts)
+        refused[in_corpus] = found.refused.holds(texts) & ~from_corpus[in_corpus]
 
         # What only has an old text stays until its new one is paid for.
         rest = KeySet(keys.filter(pa.array(bad))).holds(touched) & ~from_corpus & ~refused
@@ -74,7 +73,7 @@ class Mending:
             bad_hash = seen.rows.bad_hash
             # Which of hash and text is wrong cannot be told without the corpus.
             unclear = bad_hash & (seen.rows.faults == Fault.SOUND)
-        usable = ~bad_hash & cache.holds(hashes) & ~found.refused.holds(hashes)
+        usable = ~bad_hash & cache.holds(hashes)
         copies = np.flatnonzero(usable)
         copy = KeySet(keys.take(pa.array(copies))).positions(touched)
         stays = ~in_corpus & KeySet(keys.filter(pa.array(unclear))).holds(touched)
