@@ -1,5 +1,7 @@
 """Runs that share a state: whatever they do at once, one of them pays for a text."""
 
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -484,6 +486,88 @@ def test_runs_that_embed_the_same_in_any_order_pay_for_each_text_once(
         seen = list(runs.map(run_one, range(3)))
     assert billed == Counter(texts)
     assert sum(one["embedded"] for one in seen) == len(texts)
+
+
+# Kills
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from tasks.embed import embed_batch
+from tasks.journal import RunFolder
+from tasks.keys import text_hash
+from tasks.limits import Limits
+from tasks.providers.lexical import Lexical
+from tasks.schemas import BATCH, Batch, TableRef
+from tasks.sender import Terms
+import pyarrow as pa
+
+state, left, texts = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(",")
+
+def step():
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def heard(event, arguments):
+    if event in {"open", "os.rename", "os.remove"} and f"{state}/runs/killed/" in str(arguments[0]):
+        step()
+
+class Billed(Lexical):
+    def embed(self, texts):
+        step()
+        answer = super().embed(texts)
+        with open(f"{state}/billed", "a") as file:
+            file.write("".join(f"{text}\\n" for text in texts))
+        step()
+        return answer
+
+folder = RunFolder(state, "killed")
+with folder.alive():
+    terms = Terms(Billed(64, Limits(None, None, 1000, None, 1)), folder, 0.0)
+    sys.addaudithook(heard)
+    print("ready", flush=True)
+    for number in range(len(texts) // 5):
+        rows = [{"text_hash": text_hash(text), "text": text, "tokens": 2}
+                for text in texts[5 * number : 5 * number + 5]]
+        path = Path(f"{state}/batch-{number}.arrow")
+        table = pa.Table.from_pylist(rows, schema=BATCH)
+        embed_batch(Batch(number + 1, TableRef.write(path, BATCH, [table]), 10), terms, 1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [*range(1, 14), 22, 35])
+def test_a_run_killed_between_any_two_steps_costs_what_was_in_flight_and_holds_up_nobody(
+    tmp_path: Path, embedding: Callable[..., Embedding], steps: int
+) -> None:
+    texts = [f"word{number}" for number in range(25)]
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(steps), ",".join(texts)]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    try:
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == b"ready\n"
+        gate = Gate(Lexical(64, LIMITS))
+        gate.open.set()
+        one = embedding("one", gate)
+        running = [one.start(*texts[start : start + 4]) for start in range(0, len(texts), 4)]
+        seen = [future.result(30) for future in running]
+    finally:
+        killed.kill()
+        assert killed.wait() == -signal.SIGKILL
+        killed.communicate()
+    assert sum(each.texts + len(each.found) for each in seen) == len(texts)
+    log = tmp_path / "billed"
+    billed = Counter(log.read_text().split()) if log.exists() else Counter[str]()
+    twice = billed + gate.billed - Counter(texts)
+    assert twice.total() <= 5
+    assert set(billed + gate.billed) == set(texts)
+    recover(str(tmp_path), lambda _folder, _calls: None)
+    cache = Cache(str(tmp_path), gate.space)
+    fold(one.terms.folder, cache)
+    cache.require(hashes(*texts))
 
 
 # Whole runs

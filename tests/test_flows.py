@@ -26,6 +26,7 @@ from flows.reindex import _embed_all, reindex, run, run_frame
 from flows.smoke import smoke
 from tasks.artifacts import key
 from tasks.cache import Cache
+from tasks.claims import Claims
 from tasks.errors import (
     AnswerRejected,
     EmbedOnceError,
@@ -500,6 +501,32 @@ def test_what_another_living_run_has_paid_for_is_not_paid_for_again(home: Path) 
         other.write_answer(hashes, provider.embed(texts).vectors, provider.space, call)
         report = reindexed(home)
     assert (report.texts.from_cache, report.texts.embedded) == (1, 3)
+    assert texts_in_index(home) == TEXTS
+
+
+def test_what_another_run_pays_for_meanwhile_counts_as_from_the_cache(home: Path) -> None:
+    provider, state = Lexical(64, TWO_TEXTS), str(home / "state")
+    texts = ["alpha apples arrive", "beta bears bathe"]
+    hashes = hash_column([text_hash(text) for text in texts])
+    call = Call("other", 1, 1, 1, "first", "ok", "2026-01-01", 0.0, 0.1, 2, 5, 5, 0.0, "")
+    other = RunFolder(state, "other")
+
+    def pay() -> None:
+        """Once the run has embedded what it could."""
+        while not list((home / "state" / "runs").glob("*/answers/*.arrow")):
+            time.sleep(0.01)
+        other.write_answer(hashes, provider.embed(texts).vectors, provider.space, call)
+        claims.release(1)
+
+    with other.alive():
+        claims = Claims(other, Cache(state, provider.space))
+        claims.claim(1, hashes)
+        paying = threading.Thread(target=pay)
+        paying.start()
+        report = reindexed(home)
+        paying.join()
+    assert (report.texts.from_cache, report.texts.embedded) == (2, 2)
+    assert (report.calls.ok, report.tokens.billed > 0) == (1, True)
     assert texts_in_index(home) == TEXTS
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -498,3 +499,40 @@ def test_the_command_keeps_only_logs_and_staging_on_this_machine(
     ]
     kept = [path for path in (temporary / f"embed-once-{os.getuid()}").rglob("*") if path.is_file()]
     assert [path.parent.name for path in kept] == ["logs"]
+
+
+def test_a_lease_is_seen_to_live_until_its_time_has_passed(bucket: str, quick: None) -> None:
+    storage = storage_at(bucket)
+    assert not storage.lives("runs/a.alive")
+    with storage.held("runs/a.alive", "a"):
+        for _ in range(8):  # longer than a lease lasts that nobody renews
+            assert storage.lives("runs/a.alive")
+            time.sleep(0.25)
+    assert not storage.lives("runs/a.alive")
+    storage.write("runs/b.alive", b"left by a dead one")
+    assert storage.lives("runs/b.alive")
+    time.sleep(1.2)
+    assert not storage.lives("runs/b.alive")
+
+
+def test_two_runs_that_share_a_bucket_pay_once(
+    bucket: str, tmp_path: Path, reindex: Callable[..., Any]
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    texts = [f"wolf{number} fox{number}" for number in range(12)]
+    for number, text in enumerate(texts):
+        (tmp_path / "corpus" / f"{number}.txt").write_text(text + "\n")
+    start = threading.Barrier(2)
+
+    def run(table: str) -> tuple[Config, Any]:
+        config = config_in(tmp_path, bucket, table)
+        return config, reindex(config, before_second_pass=start.wait)
+
+    with ThreadPoolExecutor() as threads:
+        (one_config, one), (two_config, two) = threads.map(run, ["one", "two"])
+    assert sorted([*one.sent, *two.sent]) == sorted(texts)
+    for config in (one_config, two_config):
+        table = open_index(config.index)
+        assert table is not None
+        assert table.count_rows() == len(texts)
+    assert not storage_at(f"{bucket}/state").folders("runs")

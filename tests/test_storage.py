@@ -476,3 +476,18 @@ def test_a_run_on_a_full_disk_says_so_and_the_next_one_pays_only_the_rest(
     assert known == report["recovered_vectors"] > 500
     assert known + report["texts"]["embedded"] == report["texts"]["unique"]
     assert "lost" not in done.stderr
+
+
+def test_folders_are_listed_and_locks_are_seen_to_be_held(tmp_path: Path) -> None:
+    storage = storage_at(str(tmp_path / "state"))
+    assert storage.folders("runs") == []
+    assert not storage.lives("runs/a.alive")
+    with storage.held("runs/a.alive", "a"):
+        storage.write("runs/a/claims/1", b"1", durable=False)
+        storage.write("runs/b/answers/deep/1", b"1")
+        assert sorted(storage.folders("runs")) == ["a", "b"]
+        assert storage.lives("runs/a.alive")
+        assert storage.lives("runs/a.alive")
+    assert not storage.lives("runs/a.alive")
+    with storage.held("runs/a.alive", "a"):  # asking holds nothing
+        assert storage.read("runs/a/claims/1") == b"1"
