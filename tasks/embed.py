@@ -208,6 +208,10 @@ class _Embedding:
                         return rest
                     turn = stack.enter_context(self._turn(len(piece), tokens, since))
                 vectors, call = self._call(piece.texts, piece.cause, turn)
+                # Still in its turn: what a kill may cost is what calls in flight hold.
+                hashes = piece.rows.column("text_hash").combine_chunks()
+                space = self._provider.space
+                self._written.append(self._folder.write_answer(hashes, vectors, space, call))
         except ProviderThrottled:
             return [_Part(piece.rows, "wait", piece.texts), *rest]
         except BatchTooLarge as error:
@@ -222,8 +226,6 @@ class _Embedding:
             denied = ProviderDenied(str(error))  # nobody has ever been there
             self._sender.stop(denied)
             raise denied from None
-        hashes = piece.rows.column("text_hash").combine_chunks()
-        self._written.append(self._folder.write_answer(hashes, vectors, self._provider.space, call))
         self._sender.works()
         self._sender.learn(piece.texts, call.tokens_billed)
         return rest

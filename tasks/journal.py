@@ -19,7 +19,7 @@ the next run on it finds it as if it stood in its place.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -191,16 +191,12 @@ class RunFolder:
 
     def unreadable(self) -> list[str]:
         """Names of all files that are not whole."""
-        whole: dict[str, Callable[[str], object]] = {
-            "answers": lambda name: read_answer(self, name),
-            "calls": lambda name: _calls(self.files.read(name)),
-            "refused": lambda name: _refused(self.files.read(name)),
-            "run.json": lambda _: self.about(),
-        }
-        names = self.names()
+        found: list[tuple[str, object]] = [(name, read_answer(self, name)) for name in self.answers]
+        found += [(name, _calls(self.files.read(name))) for name in self._names("calls")]
+        found += [(name, _refused(self.files.read(name))) for name in self._names("refused")]
         if self.files.read(run := self._path("run.json")) is not None:
-            names.append(run)
-        return [name for name in names if whole[name.split("/")[2]](name) is None]
+            found.append((run, self.about()))
+        return [name for name, rows in found if rows is None]
 
     def names(self) -> list[str]:
         """Names of all answers and notes."""
@@ -220,8 +216,8 @@ class RunFolder:
     def _write_json(self, kind: str, rows: list[dict[str, Any]]) -> None:
         """Write rows to a file named by what it holds, so that none takes the place of another."""
         text = json.dumps(rows).encode()
-        name = blake2b(text, digest_size=16).hexdigest()
-        self.files.write(self._path(kind, f"{name}.json"), text)
+        digest = blake2b(text, digest_size=16).hexdigest()
+        self.files.write(self._path(kind, f"{digest}.json"), text)
 
 
 @contextmanager
@@ -269,9 +265,8 @@ def read_answer(folder: RunFolder, name: str) -> StoredAnswer | None:
     Raises:
         StorageFailed: It cannot be read.
     """
-    data = folder.files.read(name)
     try:
-        table = pa.ipc.open_file(data or b"").read_all()
+        table = pa.ipc.open_file(folder.files.read(name) or b"").read_all()
         metadata = table.schema.metadata or {}
         space = Space.from_json(metadata[SPACE].decode())
         call = Call(**json.loads(metadata[CALL]))
@@ -337,8 +332,8 @@ def unfolded_answers(state_uri: str, space: Space) -> Iterator[StoredAnswer]:
 
 def unfolded_hashes(state_uri: str, space: Space) -> list[pa.Array]:
     """text_hash columns of answers that no run has folded yet; for a plan, which writes nothing."""
-    answers = unfolded_answers(state_uri, space)
-    return [answer.table.column("text_hash").combine_chunks() for answer in answers]
+    answers = (answer.table for answer in unfolded_answers(state_uri, space))
+    return [table.column("text_hash").combine_chunks() for table in answers]
 
 
 def _checksum(*batches: pa.RecordBatch) -> bytes:
@@ -370,4 +365,4 @@ def _refused(data: pa.Buffer | None) -> list[tuple[str, Refused]] | None:
 
 
 def _json(data: pa.Buffer | None) -> Any:
-    return json.loads(data.to_pybytes() if data else b"")
+    return json.loads((data or pa.py_buffer(b"")).to_pybytes())
