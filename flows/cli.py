@@ -224,16 +224,11 @@ def maintain(
     ] = None,
 ) -> None:
     """Compact the index, drop old generations, build what makes searches fast."""
-    from tasks.maintain import require_index  # noqa: PLC0415
+    from tasks.maintain import maintain as keep_up  # noqa: PLC0415
     from tasks.params import load_config  # noqa: PLC0415
     from tasks.summary import as_text  # noqa: PLC0415
 
-    loaded = load_config(config, settings)
-    require_index(loaded)  # a mistake is told before Prefect is started
-    with prefect_log(Path(loaded.state.uri) / "logs", "maintain"):
-        from flows.maintain import maintain as flow  # noqa: PLC0415
-
-        done = flow(config, prune_cache, settings)
+    done = keep_up(load_config(config, settings), prune_cache)
     print(f"{done.name}: maintained.")
     print(as_text(done.rows()))
 

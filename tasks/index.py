@@ -13,7 +13,7 @@ import pyarrow as pa
 from lancedb.table import Table
 
 from tasks.cache import SPACE
-from tasks.errors import EmbedOnceError, IndexConflict, IndexHeld, LockLost
+from tasks.errors import EmbedOnceError, IndexConflict, IndexHeld, LockLost, SettingsError
 from tasks.keys import KeySet, key_columns
 from tasks.lance import PRIMARY_KEY, durable, open_table, read_batches, sync_table
 from tasks.params import Index
@@ -77,6 +77,22 @@ def open_index(index: Index) -> Table | None:
         raise IndexConflict(
             f"The table {index.table!r} in {index.uri} was not made by embed-once, so it is left "
             "alone. Name another table in index.table."
+        )
+    return table
+
+
+def published_index(index: Index) -> Table:
+    """The table of an index that was published.
+
+    Raises:
+        SettingsError: Nothing was published yet.
+        IndexConflict: The table was not made by embed-once.
+    """
+    table = open_index(index)
+    if table is None:
+        raise SettingsError(
+            f"There is no index {index.table!r} in {index.uri} yet. "
+            "Run `embed-once reindex` with this config first."
         )
     return table
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from uuid import uuid4
 
 import pyarrow as pa
-from lancedb.table import Table
 
 from tasks.cache import PREFIX, Cache, caches
-from tasks.errors import EmbedOnceError, IndexHeld, SettingsError
-from tasks.index import adopt, generations, held, identity_of, open_index
+from tasks.errors import EmbedOnceError, IndexHeld
+from tasks.index import adopt, generations, held, identity_of, published_index
 from tasks.journal import none_starts
 from tasks.keys import KeySet
 from tasks.lance import open_table, read_batches, writing
@@ -72,12 +71,12 @@ def maintain(config: Config, prune_cache: int | None = None) -> Maintained:
         EmbedOnceError: An index that shares the cache cannot be found.
         SettingsError: There is no index yet.
     """
-    require_index(config)  # before the lock: it would make the folder
+    published_index(config.index)  # before the lock: it would make the folder
     before = _bytes(config)
     run_id = f"maintain-{uuid4()}"
     with held(config.index, run_id):
         adopt(config.index)
-        table = require_index(config)
+        table = published_index(config.index)
         given_up = generations(table)[: -config.index.keep_generations]
         keep_newest(table, config.index.keep_generations)
         done = []
@@ -89,26 +88,11 @@ def maintain(config: Config, prune_cache: int | None = None) -> Maintained:
         with writing(f"the index {config.index.table!r} in {config.index.uri}"):
             cache = Cache(config.state.uri, identity_of(table).space)
             done += tidy(config.index, cache, run_id, thorough=True)
-            done += build_search_indexes(require_index(config), config.metric)
+            done += build_search_indexes(published_index(config.index), config.metric)
         done += _tidy_state(config.state.uri)
-        kept = tuple(each.number for each in generations(require_index(config)))
+        kept = tuple(each.number for each in generations(published_index(config.index)))
     after = _bytes(config)
     return Maintained(config.name, tuple(done), kept, (before[0], after[0]), (before[1], after[1]))
-
-
-def require_index(config: Config) -> Table:
-    """The index.
-
-    Raises:
-        SettingsError: There is none yet.
-    """
-    table = open_index(config.index)
-    if table is None:
-        raise SettingsError(
-            f"There is no index {config.index.table!r} in {config.index.uri} yet. "
-            "Run `embed-once reindex` with this config first."
-        )
-    return table
 
 
 def prune_caches(state_uri: str, days: int, run_id: str = "prune") -> list[str]:

@@ -15,7 +15,7 @@ from tasks.index import (
     committing,
     generations,
     held,
-    open_index,
+    published_index,
     tag_generation,
 )
 from tasks.keys import KeySet, digest_column
@@ -59,12 +59,12 @@ def rollback(config: Config, number: int | None = None) -> RunReport:
         SettingsError: There is no such generation, or it is not kept any more.
         IndexHeld: Another run holds the index.
     """
-    _require_index(config)
+    published_index(config.index)  # before the lock: it would make the folder
     started_at, started = datetime.now(tz=UTC), time.perf_counter()
     run_id = f"rollback-{uuid4()}"
     with held(config.index, run_id):
         adopt(config.index)
-        table = _require_index(config)
+        table = published_index(config.index)
         target = _chosen(config, generations(table), number)
         newest, older = _rows(table, None), _rows(table, target.version)
         place = f"the index {config.index.table!r} in {config.index.uri}"
@@ -95,16 +95,6 @@ def rollback(config: Config, number: int | None = None) -> RunReport:
         )
         Ledger(config.state.uri).record_run(ledger_row(report))
     return report
-
-
-def _require_index(config: Config) -> Table:
-    table = open_index(config.index)  # before the lock is taken: it would make the folder
-    if table is None:
-        raise SettingsError(
-            f"There is no index {config.index.table!r} in {config.index.uri} yet, so there is "
-            "nothing to roll back."
-        )
-    return table
 
 
 def _chosen(config: Config, kept: list[Generation], number: int | None) -> Generation:

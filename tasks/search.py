@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from tasks.catalog import facts_for
 from tasks.errors import ProviderError, SettingsError
-from tasks.index import open_index, require_space
+from tasks.index import published_index, require_space
 from tasks.lance import quoted
 from tasks.ledger import Ledger
 from tasks.notes import Call
@@ -65,12 +65,7 @@ def search(config: Config, text: str, k: int = 5) -> list[Hit]:
     if not text.strip():
         raise SettingsError("There is nothing to search for: the text is blank.")
     provider = open_embedder(config)
-    table = open_index(config.index)
-    if table is None:
-        raise SettingsError(
-            f"There is no index {config.index.table!r} in {config.index.uri} yet. "
-            "Run `embed-once reindex` with this config first."
-        )
+    table = published_index(config.index)
     require_space(table, config.index, provider.space)
     vector = _embedded(config, provider.for_queries(), text)
     if text_index(table) is None:

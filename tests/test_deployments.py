@@ -183,6 +183,15 @@ def test_an_ad_hoc_run_indexes_and_the_nightly_one_then_has_nothing_to_do(
     assert "nothing changed, nothing embedded" in artifact(api, "report-demo")
 
 
+def test_the_weekly_runs_find_a_healthy_index_and_keep_it_so(api: Api) -> None:
+    assert ended(api, "reindex/nightly")["state_name"] == "Completed"
+    assert ended(api, "maintain/weekly")["state_name"] == "Completed"
+    assert "generations kept" in artifact(api, "maintain-demo")
+    found = ended(api, "verify/weekly")
+    assert found["state_name"] == "Completed", artifact(api, "verify-demo")
+    assert ended(api, "verify/weekly", repair=True)["state_name"] == "Completed"
+
+
 def test_a_wrong_override_fails_the_run_in_plain_words(api: Api) -> None:
     run = ended(api, "reindex/ad-hoc", overrides={"settings": ["index.tabel=x"]})
     assert run["state_name"] == "Failed"

@@ -110,7 +110,12 @@ def test_the_commands_of_the_readme_work_in_order(shell: Shell) -> None:
 def test_the_table_of_commands_shows_commands_that_exist(shell: Shell) -> None:
     listed = re.findall(r"^\| `(uv run embed-once (\w+)[^`]*)`", README, re.MULTILINE)
     names = {name for _, name in listed}
-    assert names == {"reindex", "plan", "search", "history", "smoke", "simulate"}
+    assert names == {
+        *("reindex", "plan", "search", "history", "verify", "maintain", "rollback"),
+        *("smoke", "simulate"),
+    }
+    # A second generation, so that there is one to go back to.
+    (shell.folder / "more.md").write_text("More to be found.\n", encoding="utf-8")
     # The simulator of the section before still serves at its port.
     typed = {"CONFIG": "configs/demo.yaml", "simulate": "simulate --port 0"}
     for command, _ in listed:
