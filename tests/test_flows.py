@@ -506,13 +506,13 @@ def test_what_another_living_run_has_paid_for_is_not_paid_for_again(home: Path) 
 
 def test_what_another_run_pays_for_meanwhile_counts_as_from_the_cache(home: Path) -> None:
     provider, state = Lexical(64, TWO_TEXTS), str(home / "state")
-    texts = ["alpha apples arrive", "beta bears bathe"]
+    texts = ["delta deer doze", "gamma geese gather"]  # of the second batch
     hashes = hash_column([text_hash(text) for text in texts])
     call = Call("other", 1, 1, 1, "first", "ok", "2026-01-01", 0.0, 0.1, 2, 5, 5, 0.0, "")
     other = RunFolder(state, "other")
 
     def pay() -> None:
-        """Once the run has embedded what it could."""
+        """Once the run has embedded the first."""
         while not list((home / "state" / "runs").glob("*/answers/*.arrow")):
             time.sleep(0.01)
         other.write_answer(hashes, provider.embed(texts).vectors, provider.space, call)
