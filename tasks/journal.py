@@ -8,6 +8,7 @@ Each run has a folder under `state.uri`:
     runs/<run id>/calls/*.json        calls that have no answer here: they failed, or were folded
     runs/<run id>/refused/*.json      one file a text that the provider refuses for good
     runs/<run id>/run.json            what the run is, for the ledger if it dies
+    runs/<run id>/claims/*            texts in flight, see tasks/claims.py; they last no longer
 
 Each file is written whole, synced, and never changed. Answers are folded into the cache in
 groups, as a LanceDB commit for each would make thousands of versions; the calls of a group

@@ -60,7 +60,7 @@ def server() -> Iterator[str]:
         for name, value in variables.items():
             patch.setenv(name, value)
         try:
-            for _ in range(200):
+            for _ in range(1200):
                 with suppress(OSError):
                     socket.create_connection(("127.0.0.1", port)).close()
                     break
