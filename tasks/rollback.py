@@ -1,6 +1,5 @@
 """Rollback: an older generation becomes the newest one, in one commit and at no cost."""
 
-import time
 from datetime import UTC, datetime
 from uuid import uuid4
 
@@ -22,21 +21,8 @@ from tasks.keys import KeySet, digest_column
 from tasks.lance import read_batches, writing
 from tasks.ledger import Ledger
 from tasks.params import Config
-from tasks.plan import index_name
-from tasks.report import (
-    Calls,
-    Chunks,
-    Concurrency,
-    Cost,
-    Latency,
-    Memory,
-    RunReport,
-    Seconds,
-    Texts,
-    Throughput,
-    Tokens,
-    ledger_row,
-)
+from tasks.report import Chunks, RunReport, ledger_row
+from tasks.run import Clock, about_run, ended_report
 from tasks.schemas import HASH
 from tasks.tidy import keep_newest
 
@@ -60,7 +46,7 @@ def rollback(config: Config, number: int | None = None) -> RunReport:
         IndexHeld: Another run holds the index.
     """
     published_index(config.index)  # before the lock: it would make the folder
-    started_at, started = datetime.now(tz=UTC), time.perf_counter()
+    clock = Clock(datetime.now(tz=UTC))
     run_id = f"rollback-{uuid4()}"
     with held(config.index, run_id):
         adopt(config.index)
@@ -73,25 +59,14 @@ def rollback(config: Config, number: int | None = None) -> RunReport:
             table.restore()
             generation = tag_generation(table)
         keep_newest(table, config.index.keep_generations)
-        report = RunReport(
-            run_id=run_id,
-            name=config.name,
-            index=index_name(config),
-            generation=generation.number,
-            published="rollback",
-            restored=target.number,
-            state="completed",
-            started_at=started_at.isoformat(timespec="milliseconds"),
-            chunks=_changed(newest, older),
-            texts=Texts(unique=0, from_cache=0, embedded=0),
-            calls=Calls(),
-            tokens=Tokens(),
-            cost=Cost(),
-            seconds=Seconds(total=time.perf_counter() - started),
-            throughput=Throughput(),
-            latency_ms=Latency(),
-            concurrency=Concurrency(limit=0),
-            memory=Memory(),
+        ended = ended_report(about_run(config, run_id, clock), [], "completed", "", clock.total())
+        report = ended.model_copy(
+            update={
+                "generation": generation.number,
+                "published": "rollback",
+                "restored": target.number,
+                "chunks": _changed(newest, older),
+            }
         )
         Ledger(config.state.uri).record_run(ledger_row(report))
     return report
