@@ -112,8 +112,10 @@ class Claims:
             How they stood; the free ones are this run's. Where none is, nothing is claimed.
 
         Raises:
+            LockLost: Others take this run for dead: it did not renew its lock in time.
             StorageFailed: The state cannot be read or written.
         """
+        self._storage.require_held(self._folder.lock, self._folder.run_id)
         data = _bytes(hashes)
         # Named by what it holds: who has read it once need not read it again.
         digest = blake2b(data, digest_size=8).hexdigest()

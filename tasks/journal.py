@@ -44,6 +44,8 @@ STARTING = "starting.lock"
 """Held while a run marks itself as living, or while none may start."""
 STARTING_S = 600.0
 """So long a run waits to start while the cache is pruned."""
+LOOK_S = 10.0
+"""So long another run may take to see whether this one lives."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class RunFolder:
         storage = storage_at(self.state_uri)
         with ExitStack() as stack:
             with _starting(self.state_uri, self.run_id):
-                # First, so that no other run takes us up.
-                stack.enter_context(storage.held(self.lock, self.run_id))
+                # First, so that no other run takes us up; one may be looking just now.
+                stack.enter_context(storage.held(self.lock, self.run_id, LOOK_S))
             if about is not None:
                 storage.write(self._path("run.json"), json.dumps(asdict(about)).encode())
             try:

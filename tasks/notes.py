@@ -68,7 +68,7 @@ class About:
     """What a run is.
 
     Attributes:
-        run_id: Also the id of the Prefect flow run.
+        run_id: Id of the Prefect flow run; `-2`, … follows where it was retried.
         name: The config's name.
         index: Folder and table.
         started_at: ISO 8601, UTC.

@@ -155,7 +155,7 @@ class RunReport(Part):
     """What one run did. Every number is counted.
 
     Attributes:
-        run_id: Also the id of the Prefect flow run.
+        run_id: Id of the Prefect flow run; `-2`, … follows where it was retried.
         name: The config's name.
         index: Folder and table.
         generation: The newest one after the run; 0 where there is none.

@@ -136,6 +136,15 @@ def no_server(tmp_path: Path) -> Iterator[Home]:
         yield home
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C is heeded in this process, also where a script started it in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_work_that_must_be_whole_ends_before_a_cancel_takes_effect() -> None:
     whole, steps = Whole(), list[str]()
 

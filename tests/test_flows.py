@@ -21,8 +21,9 @@ import pytest
 from prefect import flow
 from prefect.settings import PREFECT_API_URL
 
+from flows.embedding import embed_all
 from flows.plan import plan
-from flows.reindex import _embed_all, reindex, run, run_frame
+from flows.reindex import reindex, run, run_frame
 from flows.smoke import smoke
 from tasks.artifacts import key
 from tasks.cache import Cache
@@ -381,7 +382,7 @@ def embedded_with(home: Path, provider: Scripted, folder: RunFolder) -> None:
         with folder.alive():
             found = survey(config, Overrides(), folder.staging)
             found = dataclasses.replace(found, provider=provider)
-            _embed_all(found, folder)
+            embed_all(found, folder)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tasks.sender.RETRY_S", 0.0)

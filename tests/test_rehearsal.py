@@ -105,6 +105,28 @@ def test_a_run_bills_each_text_once_and_the_ledger_says_so_to_the_token(home: Ho
     assert (again.published, again.texts.embedded, home.calls) == ("none", 0, 5)
 
 
+def test_a_flow_run_that_is_retried_is_two_runs_in_the_ledger(home: Home) -> None:
+    from prefect.client.orchestration import get_client  # noqa: PLC0415
+    from prefect.flow_engine import run_flow  # noqa: PLC0415
+    from prefect.states import Scheduled  # noqa: PLC0415
+
+    home.write(words(60))
+    home.simulator.add(Rule(requests=frozenset([2]), status=401))
+    parameters = {"config": str(home.config), "overrides": Overrides()}
+    with get_client(sync_client=True) as client:
+        flow_run = client.create_flow_run(reindex, parameters=parameters)
+        with pytest.raises(EmbedOnceError):
+            run_flow(reindex, flow_run=flow_run, parameters=parameters)
+        client.set_flow_run_state(flow_run.id, Scheduled(name="AwaitingRetry"))
+        flow_run = client.read_flow_run(flow_run.id)
+    run_flow(reindex, flow_run=flow_run, parameters=parameters)
+    runs = Ledger(str(home.folder / "state")).runs()
+    assert list(runs["state"]) == ["failed", "completed"]
+    assert list(runs["run_id"]) == [str(flow_run.id), f"{flow_run.id}-2"]
+    assert list(runs["texts.embedded"]) == [20, 40]
+    assert home.ledger_tokens == home.billed
+
+
 def test_a_plan_after_a_run_knows_how_long_tokens_are(home: Home) -> None:
     home.write(words(60))
     home.reindex()

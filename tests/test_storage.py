@@ -19,6 +19,7 @@ import pyarrow as pa
 import pytest
 
 from tasks.cache import Cache
+from tasks.claims import Claims
 from tasks.errors import StorageFailed
 from tasks.index import Identity, committing
 from tasks.journal import RunFolder, fold, unfolded_hashes
@@ -355,6 +356,7 @@ import sys
 import pyarrow as pa
 from pathlib import Path
 from tasks.cache import Cache
+from tasks.claims import Claims
 from tasks.index import Identity, held, open_index
 from tasks.keys import hash_column, text_hash
 from tasks.limits import Limits
@@ -491,3 +493,20 @@ def test_folders_are_listed_and_locks_are_seen_to_be_held(tmp_path: Path) -> Non
     assert not storage.lives("runs/a.alive")
     with storage.held("runs/a.alive", "a"):  # asking holds nothing
         assert storage.read("runs/a/claims/1") == b"1"
+
+
+def test_a_lock_that_its_holder_removes_is_no_lost_disk(tmp_path: Path) -> None:
+    storage = storage_at(str(tmp_path))
+    with storage.held("runs/one.alive", "one"), storage.held("runs/two.alive", "two"):
+        storage.delete(["runs/one.alive"])
+        storage.write("runs/two/x", b"1")
+    assert storage.read("runs/two/x") is not None
+
+
+def test_a_run_that_others_take_for_dead_claims_nothing(tmp_path: Path, lexical: Lexical) -> None:
+    folder = RunFolder(str(tmp_path), "run")
+    with folder.alive():
+        claims = Claims(folder, Cache(str(tmp_path), lexical.space))
+        (tmp_path / folder.lock).unlink()  # as another one does that takes it up
+        with pytest.raises(StorageFailed, match="while a run held"):
+            claims.claim(1, hash_column([text_hash("alpha")]))

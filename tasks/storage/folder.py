@@ -87,6 +87,8 @@ class Folder(Storage):
     def delete(self, names: Iterable[str]) -> None:
         """Remove files; one that is not there is no error."""
         for name in names:
+            # A lock that its holder removes is not one that was lost.
+            self._flocks -= {each for each in self._flocks if each.file == self._path / name}
             with self._at(self._path / name, "removed"):
                 (self._path / name).unlink(missing_ok=True)
 
@@ -170,7 +172,7 @@ class _Flock(Hold):
     """A lock of the system, which nobody can take over, but whose file may vanish."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file
+        self.file = file
         self._identity = self._found()
 
     def require(self) -> None:
@@ -181,13 +183,13 @@ class _Flock(Hold):
         """
         if self._found() != self._identity:
             raise StorageFailed(
-                f"{self._file.parent} was removed, or its disk is gone, while a run held "
-                f"{self._file.name} in it. See that it is there, then run again."
+                f"{self.file.parent} was removed, or its disk is gone, while a run held "
+                f"{self.file.name} in it. See that it is there, then run again."
             )
 
     def _found(self) -> tuple[int, int] | None:
         try:
-            found = self._file.stat()
+            found = self.file.stat()
         except OSError:
             return None
         return found.st_dev, found.st_ino

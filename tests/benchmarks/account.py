@@ -30,7 +30,7 @@ import pandas as pd
 import pyarrow as pa
 
 import tasks.limiter
-from flows.reindex import WAVE
+from flows.embedding import WAVE
 from tasks.embed import embed_batch
 from tasks.errors import ProviderBusy, RunStopped
 from tasks.journal import RunFolder

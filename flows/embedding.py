@@ -1,0 +1,193 @@
+"""Embedding: what nobody has paid for goes out as mapped tasks, a batch a task.
+
+Answers are folded into the cache in groups as they come in, failures are kept for the end.
+"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from prefect import task, unmapped
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture, as_completed
+from prefect.runtime import task_run
+
+from flows.cancelling import ENDS, settle
+from tasks.artifacts import ProgressArtifact
+from tasks.claims import Shared, take_up
+from tasks.embed import Embedded, embed_batch, retry_when_busy
+from tasks.errors import EmbedOnceError, RunStopped, StorageFailed
+from tasks.fill import Filled, Filling
+from tasks.journal import RunFolder, fold
+from tasks.limiter import LimiterStatistics
+from tasks.notes import Refused
+from tasks.plan import Survey
+from tasks.progress import Progress, listening, tell
+from tasks.run import (
+    embedded_texts,
+)
+from tasks.schemas import Batch
+from tasks.sender import Sender, Terms, sender_of
+
+if TYPE_CHECKING:
+    pass
+
+FOLD_TEXTS = 20_000
+"""Answers are folded into the cache in groups of about so many vectors."""
+WAVE = 2
+"""Batches mapped at once, by concurrency; so many more may be in flight."""
+
+
+@task(
+    name="embed batch",
+    task_run_name="embed batch {batch.number}",
+    retries=7,  # what lasts longer than their delays, two minutes, ends the run
+    retry_condition_fn=retry_when_busy,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def embed(batch: Batch, terms: Terms) -> Embedded:
+    """Embed one batch; see `embed_batch`. A retry sends what is still missing."""
+    attempt = int(task_run.run_count)
+    # Prefect sleeps through a delay, and the end of the run would have to wait for it.
+    sender_of(terms).pause_before(attempt)
+    return embed_batch(batch, terms, attempt)
+
+
+def embed_all(
+    found: Survey, folder: RunFolder
+) -> tuple[Filled, list[Refused], Shared, LimiterStatistics]:
+    """Embed what nobody has paid for; the next batches fill while these are in flight.
+
+    Args:
+        found: What is known before anything is sent.
+        folder: The run's folder, with its journal.
+
+    Returns:
+        What publish needs, the texts that were refused, what other runs paid for meanwhile,
+        and what the limiter did.
+
+    Raises:
+        EmbedOnceError: A batch failed for good. All answers that came are in the cache.
+    """
+    config = found.config
+    terms = Terms(
+        found.provider,
+        folder,
+        found.facts.usd_per_million_tokens,
+        on_error=config.on_error,
+        max_wait_s=config.limits.max_wait,
+        shared=config.limits.shared,
+    )
+    sender = sender_of(terms, found.cache)
+    filling = Filling(
+        reader=found.reader,
+        changes=found.compared.changes,
+        deletions=found.compared.deletions,
+        packed=found.packed.table,
+        sizes=sender,
+        folder=folder.staging,
+    )
+    size = WAVE * found.provider.limits.concurrency
+    progress = ProgressArtifact(found.config.name) if found.packed.texts else None
+    collected = _Collected(folder, found, sender)
+    with ExitStack() as stack:
+        if progress is not None:
+            stack.enter_context(listening(progress))
+        stack.enter_context(collected.ending_the_run())
+        stack.callback(sender.save)
+        try:
+            batches, first = filling.batches(), True
+            with collected.ending_the_run():
+                while wave := list(itertools.islice(batches, 1 if first else sender.ahead(size))):
+                    collected.flying += embed.map(wave, unmapped(terms))
+                    # The first answer tells how large the next batches may be.
+                    collected.take(down_to=0 if first else sender.ahead(size))
+                    first = False
+                    if collected.failed:
+                        break
+            collected.take(down_to=0)
+        except ENDS:
+            settle(sender)
+            with suppress(EmbedOnceError):  # then the next run folds them
+                fold(folder, found.cache)
+            raise
+        except BaseException:  # what waits is not sent any more
+            sender.stop(RunStopped("The run was ended."))
+            raise
+    collected.finish()
+    filled = filling.finish(found.refused(collected.refused))
+    return filled, collected.refused, collected.shared, sender.limiter.statistics()
+
+
+class _Collected:
+    """Answers as they come in: folded in groups, failures kept for the end."""
+
+    def __init__(self, folder: RunFolder, found: Survey, sender: Sender) -> None:
+        self._folder = folder
+        self._found = found
+        self._sender = sender
+        self._unfolded: list[str] = []
+        self._waiting = 0
+        self._done = 0
+        self.shared = Shared()
+        self.flying: list[PrefectFuture[Embedded]] = []
+        self.refused: list[Refused] = []
+        self.failed: list[Exception] = []
+
+    def take(self, down_to: int) -> None:
+        """Keep what comes in, until at most so many batches are in flight."""
+        if len(self.flying) <= down_to:
+            return
+        for future in as_completed(list(self.flying)):
+            self.flying.remove(future)
+            outcome = future.result(raise_on_failure=False)
+            if isinstance(outcome, Embedded):
+                self._keep(outcome)
+            elif not isinstance(outcome, RunStopped):
+                self._fail(outcome)
+            if len(self.flying) <= down_to:
+                return
+
+    def _keep(self, outcome: Embedded) -> None:
+        self._unfolded += outcome.answers
+        self.refused += outcome.refused
+        self.shared.add(outcome.found, outcome.found_tokens)
+        self._waiting += outcome.texts
+        self._done += outcome.texts + len(outcome.refused) + len(outcome.found)
+        tell(Progress("embedding", self._done, self._found.packed.texts))
+        if self._waiting >= FOLD_TEXTS and not self.failed:
+            with self.ending_the_run():
+                fold(self._folder, self._found.cache, self._unfolded)
+            self._unfolded, self._waiting = [], 0
+
+    @contextmanager
+    def ending_the_run(self) -> Iterator[None]:
+        """Send nothing more where the block fails, but go on: what is in flight is paid for."""
+        try:
+            yield
+        except EmbedOnceError as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.failed.append(error)
+        self._sender.stop(RunStopped("Another batch has ended the run."))
+
+    def finish(self) -> None:
+        """Fold the rest, of batches that failed too, then say what failed."""
+        with self.ending_the_run():
+            fold(self._folder, self._found.cache)
+        if not self.failed:
+            take_up(self._found.cache, self._folder.state_uri, self.shared.hashes)
+            return
+        first, kept = self.failed[0], "what was paid for is kept"
+        with suppress(StorageFailed):
+            done = embedded_texts(self._folder.calls())
+            kept = f"{done:,} texts of {self._found.packed.texts:,} are paid for and kept"
+        if lost := sum(getattr(error, "facts", {}).get("lost", 0) for error in self.failed):
+            kept += f"; {lost:,} more were paid for and are lost"
+        raise EmbedOnceError(
+            f"{self._found.config.name}: not all texts could be embedded: {first} The index is as "
+            f"it was; {kept}. Run again: only the rest is embedded."
+        ) from first
