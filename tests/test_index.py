@@ -267,11 +267,16 @@ def test_a_generation_whose_run_died_before_it_was_on_disk_is_synced(
     index: Index, add: Add, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tag_generation(table := add("alpha"))
-    with pytest.raises(KeyboardInterrupt), committing(index, table.version):
-        tag_generation(add("beta"))
-        raise KeyboardInterrupt
+
+    def commit_and_die() -> None:
+        with committing(index, table.version):
+            tag_generation(add("beta"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        commit_and_die()
     synced = list[str]()
-    monkeypatch.setattr("tasks.index.sync_table", lambda _, name, since: synced.append(name))
+    monkeypatch.setattr("tasks.index.sync_table", lambda _, name, **__: synced.append(name))
     adopt(index)
     assert synced == [index.table]
 
