@@ -18,7 +18,7 @@ import pytest
 from filelock import Timeout
 from lancedb.table import Table
 
-from tasks.errors import IndexConflict, IndexHeld
+from tasks.errors import EmbedOnceError, IndexConflict, IndexHeld
 from tasks.index import (
     Identity,
     adopt,
@@ -279,6 +279,14 @@ def test_a_generation_whose_run_died_before_it_was_on_disk_is_synced(
     monkeypatch.setattr("tasks.index.sync_table", lambda _, name, **__: synced.append(name))
     adopt(index)
     assert synced == [index.table]
+
+
+def test_vectors_whose_file_is_lost_are_told_in_words(index: Index, add: Add) -> None:
+    add("alpha")
+    for file in Path(index.uri).glob(f"{index.table}.lance/data/*"):
+        file.unlink()
+    with pytest.raises(EmbedOnceError, match=f"could not read the index '{index.table}'"):
+        list(vectors_of(index, hash_column([text_hash("alpha")])))
 
 
 def test_a_run_that_died_before_its_commit_leaves_no_generation(index: Index, add: Add) -> None:

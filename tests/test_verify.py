@@ -25,6 +25,7 @@ from pyarrow import parquet
 from flows.cli import main
 from tasks.cache import Cache
 from tasks.errors import EmbedOnceError, IndexHeld, SettingsError
+from tasks.examine import Entries, Rows
 from tasks.findings import RECALL_BOUND, ToPay, Verified
 from tasks.index import Generation, generations, held, open_index, tag_generation
 from tasks.keys import text_hash
@@ -659,6 +660,7 @@ def test_journal_files_tags_and_a_commit_without_a_name_are_found_and_mended(
     done = repair(config)
     assert found_in(done) == {"missing": 1}
     assert done.repair is not None
+    assert {each.kind: each.count for each in done.repair.found} == found_in(seen)
     assert (done.repair.set_aside, done.repair.tags_removed, done.repair.added) == (1, 1, 2)
     built = at.built_anew()
     assert len(at.rows()) == len(built) - 1
@@ -758,6 +760,18 @@ def test_a_vector_whose_file_is_lost_is_told_in_words(place: Callable[..., Place
         file.unlink()
     with pytest.raises(EmbedOnceError, match="could not read the cache"):
         cache.vectors(hashes)
+
+
+def test_a_row_whose_file_is_lost_after_it_was_seen_is_told_in_words(
+    place: Callable[..., Place],
+) -> None:
+    at = place()
+    space = open_provider(at.config()).space
+    rows = Rows.of(at.table(), space, Entries.of(Cache(at.config().state.uri, space)))
+    shutil.rmtree(at.folder / "index" / "t.lance" / "data")
+    rows.table = at.table()  # that has no file open yet
+    with pytest.raises(EmbedOnceError, match="could not read the index 't'"):
+        rows.take(np.arange(2), ["vector"])
 
 
 @pytest.mark.parametrize(("where", "of"), [("examine", Place.table), ("cache", Place.cache)])
