@@ -6,6 +6,7 @@ A hit in the wrong space is impossible: the space names the table. Indexes that 
 
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tasks.lance import (
     make_table,
     open_table,
     read_located,
+    reading,
     sync_table,
     writing,
 )
@@ -58,18 +60,24 @@ class Cache:
         return len(self._keys)
 
     def refresh(self) -> None:
-        """Take up what other runs have added."""
+        """Take up what other runs have added.
+
+        Raises:
+            EmbedOnceError: The cache cannot be read, or (`IndexHeld`) it changed meanwhile.
+        """
         with self._refreshing:
             if self._table is None:
                 self._table = open_table(self._uri, self.name)
             if self._table is None:
                 return
-            self._table.checkout_latest()  # type: ignore[no-untyped-call]
-            if self._table.version == self._version:
-                return
-            self._version = self._table.version
-            query = self._table.search().select(["text_hash"]).with_row_id(True)
-            found = query.to_arrow()
+            with self._reading(self._table):
+                self._table.checkout_latest()  # type: ignore[no-untyped-call]
+                version = self._table.version
+                if version == self._version:
+                    return
+                query = self._table.search().select(["text_hash"]).with_row_id(True)
+                found = query.to_arrow()
+            self._version = version
             self._hashes = found.column("text_hash").combine_chunks()
             self._row_ids = found.column("_rowid").to_numpy()
             self._keys = KeySet(self._hashes)
@@ -113,7 +121,8 @@ class Cache:
         if self._table is None:
             raise LookupError(f"{self.name} has no rows to take")
         query = self._table.take_row_ids(np.unique(row_ids).tolist())
-        return query.select(["text_hash", "vector"]).with_row_id().to_arrow()
+        with self._reading(self._table):
+            return query.select(["text_hash", "vector"]).with_row_id().to_arrow()
 
     @property
     def fits(self) -> bool:
@@ -130,7 +139,8 @@ class Cache:
         if self._table is None:
             return
         columns = ["text_hash", "vector"] if self.fits else ["text_hash"]
-        yield from read_located(self._table, columns)
+        with self._reading(self._table):
+            yield from read_located(self._table, columns)
 
     def forget(self, row_ids: npt.NDArray[np.uint64], hashes: pa.Array) -> None:
         """Drop these rows of the table, which hold these text hashes; all of it if it never fits.
@@ -193,6 +203,14 @@ class Cache:
             with writing(self._told):
                 sync_table(self._uri, self.name, since)
 
+    def _reading(self, table: Table) -> AbstractContextManager[None]:
+        return reading(
+            table,
+            f"the cache {self.name}",
+            "move that folder aside and run `embed-once reindex`: it takes the vectors of the "
+            "index from there, and embeds anew what else is needed.",
+        )
+
     @property
     def _told(self) -> str:
         return f"the cache {self.name} in {self._uri}"
@@ -223,11 +241,12 @@ class Cache:
             return 0
         limit = pa.scalar(before, REMEMBERED_AT.type)
         row_ids, hashes = list[npt.NDArray[np.uint64]](), list[pa.Array]()
-        for entries in read_located(table, ["text_hash", REMEMBERED_AT.name]):
-            old = pc.less(entries.column(REMEMBERED_AT.name), limit).fill_null(False)
-            gone = np.asarray(old) & ~used.holds(entries.column("text_hash"))
-            row_ids.append(entries.column("_rowid").to_numpy()[gone])
-            hashes.append(entries.column("text_hash").filter(pa.array(gone)))
+        with self._reading(table):
+            for entries in read_located(table, ["text_hash", REMEMBERED_AT.name]):
+                old = pc.less(entries.column(REMEMBERED_AT.name), limit).fill_null(False)
+                gone = np.asarray(old) & ~used.holds(entries.column("text_hash"))
+                row_ids.append(entries.column("_rowid").to_numpy()[gone])
+                hashes.append(entries.column("text_hash").filter(pa.array(gone)))
         dropped = pa.chunked_array(hashes, HASH).combine_chunks()
         if len(dropped):
             self.forget(np.concatenate(row_ids), dropped)

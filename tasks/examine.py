@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from lancedb.table import Table
 
 from tasks.cache import Cache
+from tasks.index import reading_index
 from tasks.keys import KeySet, digest_column, first_of_each
 from tasks.lance import read_located
 from tasks.providers import Space
@@ -143,7 +144,8 @@ class Rows:
     def take(self, at: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
         """The rows at these positions, in their order; each position once."""
         query = self.table.take_row_ids(self.row_ids[at].tolist()).select(columns)
-        found = query.with_row_id().to_arrow()
+        with reading_index(self.table):
+            found = query.with_row_id().to_arrow()
         places = _places(found, self.row_ids[at])
         # Arrow takes no rows of a vector column that is in several chunks.
         return found.combine_chunks().take(pa.array(places)).select(columns)

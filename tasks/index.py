@@ -4,7 +4,7 @@ A generation is one published state of it, tagged `gen-N` on its LanceDB version
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from lancedb.table import Table
 from tasks.cache import SPACE
 from tasks.errors import EmbedOnceError, IndexConflict, IndexHeld, LockLost, SettingsError
 from tasks.keys import KeySet, key_columns
-from tasks.lance import PRIMARY_KEY, durable, open_table, read_batches, sync_table
+from tasks.lance import PRIMARY_KEY, durable, open_table, read_batches, reading, sync_table
 from tasks.params import Index
 from tasks.progress import tell_waiting
 from tasks.providers import Space
@@ -118,6 +118,15 @@ def require_space(table: Table, index: Index, space: Space) -> None:
         )
 
 
+def reading_index(table: Table) -> AbstractContextManager[None]:
+    """Say in words that rows of the index could not be read; errors as in `reading`."""
+    return reading(
+        table,
+        f"the index {table.name!r}",
+        "move that folder aside and run `embed-once reindex`: what the cache holds costs nothing.",
+    )
+
+
 def scan(table: Table | None, target: Path) -> TableRef:
     """The rows of the index as INDEXED; none where there is no index yet."""
     return TableRef.write(target, INDEXED, [] if table is None else _indexed(table))
@@ -126,9 +135,10 @@ def scan(table: Table | None, target: Path) -> TableRef:
 def _indexed(table: Table) -> Iterator[pa.RecordBatch]:
     metadata = [field.name for field in metadata_fields(table.schema)]
     kept = ["id", "document", "text_hash", "start_line", "end_line"]
-    for batch in read_batches(table, SCAN_ROWS, [*kept, *metadata]):
-        columns = {**key_columns(batch), **{name: batch.column(name) for name in kept}}
-        yield pa.record_batch([columns[name] for name in INDEXED.names], schema=INDEXED)
+    with reading_index(table):
+        for batch in read_batches(table, SCAN_ROWS, [*kept, *metadata]):
+            columns = {**key_columns(batch), **{name: batch.column(name) for name in kept}}
+            yield pa.record_batch([columns[name] for name in INDEXED.names], schema=INDEXED)
 
 
 def generations(table: Table) -> list[Generation]:
@@ -188,18 +198,24 @@ def committing(index: Index, version: int) -> Iterator[None]:
 
 
 def unadopted(index: Index) -> bool:
-    """Whether a run committed that died before it could tag its generation."""
+    """Whether a commit was made that no generation names: its run is about to, or has died."""
+    table = _committed(index)
+    return table is not None and all(each.version != table.version for each in generations(table))
+
+
+def _committed(index: Index) -> Table | None:
+    """The index, where a run has written a commit down and made it; else None."""
     table, noted = open_index(index), storage_at(index.uri).read(_note(index))
     if table is None or noted is None:
-        return False
+        return None
     version = noted.to_pybytes()
-    return version.isdigit() and table.version > int(version)
+    return table if version.isdigit() and table.version > int(version) else None
 
 
 def adopt(index: Index) -> None:
     """Tag what a run committed that died before it could say so."""
-    table = open_index(index)
-    if table is not None and unadopted(index):
+    table = _committed(index)
+    if table is not None:  # it may be tagged and not synced yet
         tag_generation(table)
         sync_table(index.uri, index.table, since=0.0)
     storage_at(index.uri).delete([_note(index)])
@@ -215,10 +231,11 @@ def vectors_of(index: Index, hashes: pa.Array) -> Iterator[pa.Table]:
     if table is None or not len(hashes):
         return
     wanted = KeySet(hashes)
-    for batch in read_batches(table, SCAN_ROWS, ["text_hash", "vector"]):
-        found = batch.filter(pa.array(wanted.holds(batch.column("text_hash"))))
-        if found.num_rows:
-            yield pa.Table.from_batches([found.select(["text_hash", "vector"])])
+    with reading_index(table):
+        for batch in read_batches(table, SCAN_ROWS, ["text_hash", "vector"]):
+            found = batch.filter(pa.array(wanted.holds(batch.column("text_hash"))))
+            if found.num_rows:
+                yield pa.Table.from_batches([found.select(["text_hash", "vector"])])
 
 
 @contextmanager
@@ -244,6 +261,11 @@ def held(index: Index, run_id: str) -> Iterator[None]:
         except Taken as taken:  # only of this lock: a run takes others inside
             raise IndexHeld(_held_message(index, taken.holder)) from None
         yield
+
+
+def is_held(index: Index) -> bool:
+    """Whether a run holds the index; one that died may seem to for a while."""
+    return storage_at(index.uri).lives(_lock(index))
 
 
 def require_held(index: Index, run_id: str) -> None:

@@ -11,7 +11,7 @@ import lancedb
 import pyarrow as pa
 from lancedb.table import Table
 
-from tasks.errors import EmbedOnceError
+from tasks.errors import EmbedOnceError, IndexHeld
 from tasks.storage import is_local, storage_at
 from tasks.storage.folder import sync
 
@@ -126,18 +126,39 @@ def sync_table(uri: str, name: str, since: float) -> None:
 
 
 @contextmanager
-def reading(what: str, way_out: str) -> Iterator[None]:
-    """Say in words that LanceDB could not read `what`, say because one of its files is lost.
+def reading(table: Table, what: str, last_resort: str) -> Iterator[None]:
+    """Say in words that LanceDB could not read `table`, say because one of its files is gone.
+
+    Args:
+        table: As it was opened.
+        what: The same for people.
+        last_resort: What to do where its files are lost for good.
 
     Raises:
-        EmbedOnceError: For whatever LanceDB raises; the message ends with `way_out`.
+        IndexHeld: Another run has written a newer version meanwhile; by that, files of this one
+            may be tidied away.
+        EmbedOnceError: For whatever else LanceDB raises.
     """
     try:
         yield
     except (RuntimeError, OSError, ValueError) as error:
+        place = table.uri  # type: ignore[attr-defined] # of any table but a cloud one
+        if _newest(table) > table.version:
+            raise IndexHeld(
+                f"Another run changed {what} in {place} while it was read. "
+                "Run again when it has ended."
+            ) from error
         raise EmbedOnceError(
-            f"LanceDB could not read {what}: {_in_short(error)}. {way_out}"
+            f"LanceDB could not read {what} in {place}: {_in_short(error)}. See that its disk "
+            f"or store is there, and run again. As a last resort {last_resort}"
         ) from error
+
+
+def _newest(table: Table) -> int:
+    """The newest version there is; 0 where that cannot be read."""
+    with suppress(RuntimeError, OSError, ValueError):
+        return max((entry["version"] for entry in table.list_versions()), default=0)
+    return 0
 
 
 def read_batches(

@@ -57,7 +57,7 @@ def repair(config: Config, sample: int | None = None) -> Verified:
     about = about_run(config, folder.run_id, clock)
     with ExitStack() as stack:
         stack.enter_context(held(config.index, folder.run_id))
-        early = state_findings(config, open_index(config.index))
+        early = state_findings(config, open_index(config.index), ours=True)
         done = _Done()
         recovered = recover(config.state.uri, record_death)
         done.entries_added, done.set_aside = recovered.vectors, len(recovered.set_aside)

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from tasks.catalog import facts_for
 from tasks.errors import ProviderError, SettingsError
-from tasks.index import published_index, require_space
+from tasks.index import published_index, reading_index, require_space
 from tasks.lance import quoted
 from tasks.ledger import Ledger
 from tasks.notes import Call
@@ -61,6 +61,7 @@ def search(config: Config, text: str, k: int = 5) -> list[Hit]:
 
     Raises:
         SettingsError: There is no index yet, it is of another space, or the text is blank.
+        EmbedOnceError: The provider does not answer, or the index cannot be read.
     """
     if not text.strip():
         raise SettingsError("There is nothing to search for: the text is blank.")
@@ -68,10 +69,12 @@ def search(config: Config, text: str, k: int = 5) -> list[Hit]:
     table = published_index(config.index)
     require_space(table, config.index, provider.space)
     vector = _embedded(config, provider.for_queries(), text)
-    if text_index(table) is None:
-        found = _near(table, config, vector, k).to_arrow()
-    else:
-        found = _fused(table, config, vector, text, k)
+    with reading_index(table):
+        table.checkout_latest()  # type: ignore[no-untyped-call] # the call may have taken long
+        if text_index(table) is None:
+            found = _near(table, config, vector, k).to_arrow()
+        else:
+            found = _fused(table, config, vector, text, k)
     rows: list[dict[str, Any]] = found.to_pylist()
     return [Hit(distance=row["_distance"], **{name: row[name] for name in SHOWN}) for row in rows]
 
@@ -116,10 +119,11 @@ def _embedded(config: Config, provider: Provider, text: str) -> Vectors:
     facts = facts_for(config.embedding)
     started_at, started = datetime.now(tz=UTC).isoformat(), time.perf_counter()
     answer: Answer | None = None
-    status, billed = "ok", 0
+    status, billed = "unforeseen", 0
     try:
         answer = provider.embed([text])
         vectors = checked_vectors(answer, 1, provider)
+        status = "ok"
     except ProviderError as error:
         status, billed = type(error).__name__, error.facts.get("billed_tokens", 0)
         raise

@@ -29,12 +29,19 @@ from tasks.findings import (
     fault_kinds,
     finding,
 )
-from tasks.index import broken_tags, generations, identity_of, open_index, unadopted
+from tasks.index import (
+    broken_tags,
+    generations,
+    identity_of,
+    is_held,
+    open_index,
+    reading_index,
+    unadopted,
+)
 from tasks.journal import RunFolder, fold, unfolded_hashes, unreadable
 from tasks.judge import FREE_SAMPLE, Asking, judge
 from tasks.keys import KeySet, digest_column, document_key, first_of_each, identified
-from tasks.lance import reading
-from tasks.params import Config, Overrides
+from tasks.params import Config, Index, Overrides
 from tasks.plan import Survey, index_name, survey
 from tasks.providers import Space
 from tasks.providers.opening import open_embedder, open_provider
@@ -189,17 +196,13 @@ def look(config: Config, staging: Path, sample: int | None, folder: RunFolder | 
     facts = facts_for(config.embedding)
     provider = open_embedder(config) if folder is not None else open_provider(config)
     table = open_index(config.index)
-    with reading("the cache", "Delete its folder: the index still has the vectors of its rows."):
-        entries = Entries.of(Cache(config.state.uri, provider.space))
+    entries = Entries.of(Cache(config.state.uri, provider.space))
     seen = Look(config, facts, entries)
     seen.findings += state_findings(config, table)
     seen.waiting = _waiting(config, provider.space)
     whole = table is None or not _misfits(seen, table, provider.space)
     if table is not None and whole:
-        with reading(
-            f"the index {config.index.table!r} in {config.index.uri}",
-            "Delete its folder and run `embed-once reindex`: what the cache holds costs nothing.",
-        ):
+        with reading_index(table):
             seen.rows = Rows.of(table, provider.space, entries)
     if whole:
         seen.differences = _differences(seen, survey(config, Overrides(), staging))
@@ -212,7 +215,8 @@ def look(config: Config, staging: Path, sample: int | None, folder: RunFolder | 
             folder=folder,
         )
         seen.asked = judge(seen.rows, entries, asking)
-        seen.recall = recall(seen.rows, config)
+        with reading_index(seen.rows.table):
+            seen.recall = recall(seen.rows, config)
     now = open_index(config.index)
     if table is not None and (now is None or now.version != table.version):
         raise IndexHeld(
@@ -247,15 +251,26 @@ def verified_of(seen: Look, usd: float, seconds: float) -> Verified:
     )
 
 
-def state_findings(config: Config, table: Table | None) -> list[Finding]:
-    """What is wrong beside rows and entries: journal files, tags, a commit without a name."""
+def state_findings(config: Config, table: Table | None, *, ours: bool = False) -> list[Finding]:
+    """What is wrong beside rows and entries: journal files, tags, a commit without a name.
+
+    Args:
+        config: Of which index.
+        table: The index.
+        ours: Whether the caller holds the index. Who else does names its commit in a moment.
+    """
     lost = unreadable(config.state.uri)
     tags = broken_tags(table) if table is not None else []
     return [
         *finding("journal", len(lost), lost[:EXAMPLES]),
         *finding("tag", len(tags), tags[:EXAMPLES]),
-        *finding("commit", int(unadopted(config.index))),
+        *finding("commit", int(_nameless(config.index, ours=ours))),
     ]
+
+
+def _nameless(index: Index, *, ours: bool) -> bool:
+    # Again at the end: between the first two the run may have ended.
+    return unadopted(index) and (ours or (not is_held(index) and unadopted(index)))
 
 
 def _waiting(config: Config, space: Space) -> pa.Array:

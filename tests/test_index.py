@@ -18,7 +18,7 @@ import pytest
 from filelock import Timeout
 from lancedb.table import Table
 
-from tasks.errors import IndexConflict, IndexHeld
+from tasks.errors import EmbedOnceError, IndexConflict, IndexHeld
 from tasks.index import (
     Identity,
     adopt,
@@ -30,6 +30,7 @@ from tasks.index import (
     require_space,
     scan,
     tag_generation,
+    unadopted,
     vectors_of,
 )
 from tasks.keys import NO_DOCUMENT, digest, document_key, hash_column, text_hash
@@ -247,6 +248,45 @@ def test_what_a_dead_run_committed_is_adopted(index: Index, add: Add) -> None:
     assert [one.number for one in generations(table)] == [1, 2]
     adopt(index)
     assert len(generations(table)) == 2
+
+
+def test_a_commit_is_unadopted_from_when_it_is_made_until_it_is_tagged(
+    index: Index, add: Add
+) -> None:
+    tag_generation(table := add("alpha"))
+    with committing(index, table.version):
+        seen = [unadopted(index)]
+        table = add("beta")
+        seen.append(unadopted(index))
+        tag_generation(table)
+        seen.append(unadopted(index))
+    assert [*seen, unadopted(index)] == [False, True, False, False]
+
+
+def test_a_generation_whose_run_died_before_it_was_on_disk_is_synced(
+    index: Index, add: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tag_generation(table := add("alpha"))
+
+    def commit_and_die() -> None:
+        with committing(index, table.version):
+            tag_generation(add("beta"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        commit_and_die()
+    synced = list[str]()
+    monkeypatch.setattr("tasks.index.sync_table", lambda _, name, **__: synced.append(name))
+    adopt(index)
+    assert synced == [index.table]
+
+
+def test_vectors_whose_file_is_lost_are_told_in_words(index: Index, add: Add) -> None:
+    add("alpha")
+    for file in Path(index.uri).glob(f"{index.table}.lance/data/*"):
+        file.unlink()
+    with pytest.raises(EmbedOnceError, match=f"could not read the index '{index.table}'"):
+        list(vectors_of(index, hash_column([text_hash("alpha")])))
 
 
 def test_a_run_that_died_before_its_commit_leaves_no_generation(index: Index, add: Add) -> None:

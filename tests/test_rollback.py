@@ -2,10 +2,12 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ import tasks.search_indexes
 from tasks.errors import IndexHeld, SettingsError
 from tasks.history import as_lines, history
 from tasks.index import adopt, generations, held, open_index
+from tasks.ledger import Ledger
 from tasks.maintain import maintain
+from tasks.report import ledger_row
 from tasks.rollback import rollback
+from tasks.run import Clock, about_run, ended_report
 from tasks.search import search
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +134,17 @@ def test_the_history_tells_rollbacks_and_what_readers_see(library: Any) -> None:
     assert "rollback to 3" in lines
 
 
+@pytest.mark.parametrize("state", ["failed", "died", "cancelled"])
+def test_the_history_counts_no_chunks_of_a_run_that_published_nothing(
+    library: Any, state: str
+) -> None:
+    about = about_run(library.config, "early", Clock(datetime.now(tz=UTC)))
+    ended = ended_report(about, [], state, "")
+    Ledger(library.config.state.uri).record_run(ledger_row(ended))
+    line = as_lines(history(library.config)).splitlines()[1]
+    assert re.search(rf"{state}( +-){{5}} +0 ", line)
+
+
 def test_search_after_a_rollback_finds_what_the_older_generation_holds(
     library: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +170,9 @@ import sys
 from pathlib import Path
 from tasks.params import load_config
 from tasks.rollback import rollback
+from tasks.ledger import Ledger
 from tasks.maintain import maintain
+from tasks.report import ledger_row
 config = load_config(sys.argv[2])
 print("ready", flush=True)
 while True:

@@ -11,11 +11,18 @@ import pyarrow as pa
 import pytest
 
 import tasks.publish
+import tasks.search
 import tasks.search_indexes
+from tasks.errors import EmbedOnceError
 from tasks.index import open_index
+from tasks.ledger import Ledger
 from tasks.maintain import maintain
+from tasks.params import Config
+from tasks.providers import checked_vectors
 from tasks.search import search
 from tasks.search_indexes import build_search_indexes, text_index, vector_index
+from tasks.simulator import Settings, Simulator
+from tasks.tidy import drop_old_versions
 
 ROOT = Path(__file__).parents[1]
 COUNT = 300
@@ -101,6 +108,57 @@ def test_rows_younger_than_the_indexes_are_found_and_old_ones_are_not(
     ]  # fmt: skip
     assert search(library.config, "quagga", 1)[0].id == "new"
     assert not [each for each in maintain(library.config).done if "index built" in each]
+
+
+def test_a_search_reads_what_is_published_while_its_text_is_embedded(
+    library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.reindex(numbered())
+
+    def meanwhile(*given: Any) -> Any:
+        library.reindex({**numbered(), "id7": "quagga"})
+        table = table_of(library)
+        for tag in table.tags.list():
+            table.tags.delete(tag)
+        table.optimize()
+        drop_old_versions(table)
+        return checked_vectors(*given)
+
+    monkeypatch.setattr(tasks.search, "checked_vectors", meanwhile)
+    assert search(library.config, "quagga", 1)[0].id == "id7"
+
+
+def test_a_search_tells_of_a_lost_file_in_words(library: Any) -> None:
+    library.reindex(numbered())
+    for file in Path(library.config.index.uri).glob("t.lance/data/*"):
+        file.unlink()
+    with pytest.raises(EmbedOnceError, match="could not read the index 't'"):
+        search(library.config, "text7")
+
+
+def test_an_interrupted_search_is_in_the_ledger_as_what_it_was(
+    library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VOYAGE_API_KEY", "any")
+    with Simulator(Settings()) as simulator:
+        address = {"model": "voyage-4", "dimension": 256, "base_url": simulator.base_url}
+        values = library.config.model_dump(exclude_none=True)
+        values["embedding"] = {"provider": "voyage", **address}
+        values["index"]["table"] = "v"
+        config = Config.model_validate(values)
+        library.reindex({"a": "alpha"})
+        library.run(config)
+        search(config, "alpha", 1)
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(tasks.search, "checked_vectors", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            search(config, "alpha", 1)
+    calls = Ledger(config.state.uri).calls()
+    assert calls["status"].tolist() == ["ok", "unforeseen"]
+    assert calls["tokens_billed"].nunique() == 1
 
 
 def test_an_overwrite_drops_the_indexes_and_search_goes_on(

@@ -25,9 +25,11 @@ from pyarrow import parquet
 from flows.cli import main
 from tasks.cache import Cache
 from tasks.errors import EmbedOnceError, IndexHeld, SettingsError
+from tasks.examine import Entries, Rows
 from tasks.findings import RECALL_BOUND, ToPay, Verified
-from tasks.index import generations, held, open_index
+from tasks.index import Generation, generations, held, open_index, tag_generation
 from tasks.keys import text_hash
+from tasks.lance import read_located
 from tasks.ledger import Ledger
 from tasks.notes import Refused
 from tasks.params import Config, Overrides
@@ -38,6 +40,7 @@ from tasks.quarantine import Quarantine
 from tasks.repair import repair
 from tasks.simulator import Settings, Simulator
 from tasks.soundness import Fault, faults_of
+from tasks.tidy import drop_old_versions
 from tasks.verify import verify
 
 Reindex = Callable[..., Any]
@@ -657,6 +660,7 @@ def test_journal_files_tags_and_a_commit_without_a_name_are_found_and_mended(
     done = repair(config)
     assert found_in(done) == {"missing": 1}
     assert done.repair is not None
+    assert {each.kind: each.count for each in done.repair.found} == found_in(seen)
     assert (done.repair.set_aside, done.repair.tags_removed, done.repair.added) == (1, 1, 2)
     built = at.built_anew()
     assert len(at.rows()) == len(built) - 1
@@ -726,12 +730,86 @@ def test_a_repair_holds_the_index_and_a_look_needs_no_lock(place: Callable[..., 
         assert verify(at.config()).clean
 
 
-def test_a_lost_file_is_told_in_words(place: Callable[..., Place]) -> None:
+@pytest.mark.parametrize("part", ["index", "state"])
+def test_a_lost_file_is_told_with_a_way_out_that_pays_for_nothing_known(
+    place: Callable[..., Place], part: str
+) -> None:
     at = place()
-    for file in (at.folder / "index" / "t.lance" / "data").iterdir():
+    (table,) = (
+        each for each in (at.folder / part).glob("*.lance") if each.name[:2] in {"t.", "ve"}
+    )
+    for file in (table / "data").iterdir():
         file.unlink()
-    with pytest.raises(EmbedOnceError, match=r"could not read the index 't'.*Delete its folder"):
+    told = rf"could not read the (index 't'|cache vectors-\S+) in {table}: .*See that its disk"
+    for do in (verify, repair, at.run):
+        with pytest.raises(EmbedOnceError, match=told) as caught:
+            do(at.config())
+        assert not isinstance(caught.value, IndexHeld)
+        assert "elete" not in str(caught.value)
+    table.rename(at.folder / "aside")
+    at.write([*PARAGRAPHS, "one more"])
+    assert at.reindex().sent == ["one more"]
+    assert verify(at.config()).clean
+
+
+def test_a_vector_whose_file_is_lost_is_told_in_words(place: Callable[..., Place]) -> None:
+    at = place()
+    cache = Cache(at.config().state.uri, open_provider(at.config()).space)
+    hashes = at.cache().to_arrow().column("text_hash")
+    for file in Path(at.config().state.uri).glob("vectors-*.lance/data/*"):
+        file.unlink()
+    with pytest.raises(EmbedOnceError, match="could not read the cache"):
+        cache.vectors(hashes)
+
+
+def test_a_row_whose_file_is_lost_after_it_was_seen_is_told_in_words(
+    place: Callable[..., Place],
+) -> None:
+    at = place()
+    space = open_provider(at.config()).space
+    rows = Rows.of(at.table(), space, Entries.of(Cache(at.config().state.uri, space)))
+    shutil.rmtree(at.folder / "index" / "t.lance" / "data")
+    rows.table = at.table()  # that has no file open yet
+    with pytest.raises(EmbedOnceError, match="could not read the index 't'"):
+        rows.take(np.arange(2), ["vector"])
+
+
+@pytest.mark.parametrize(("where", "of"), [("examine", Place.table), ("cache", Place.cache)])
+def test_what_is_tidied_away_while_it_is_looked_at_is_looked_at_again_later(
+    place: Callable[..., Place],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    of: Callable[[Place], Table],
+) -> None:
+    at = place()
+
+    def meanwhile(table: Table, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        ours = of(at)
+        for tag in ours.tags.list():
+            ours.tags.delete(tag)
+        ours.add(ours.to_arrow().slice(0, 1))
+        ours.optimize()
+        drop_old_versions(ours)
+        return read_located(table, columns)
+
+    monkeypatch.setattr(f"tasks.{where}.read_located", meanwhile)
+    with pytest.raises(IndexHeld, match=r"changed .* while it was read\. Run again"):
         verify(at.config())
+
+
+def test_a_commit_that_is_about_to_be_named_is_no_finding(
+    place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, seen = place(), list[Verified]()
+
+    def watched(table: Table) -> Generation:
+        seen.append(verify(at.config()))
+        return tag_generation(table)
+
+    monkeypatch.setattr("tasks.publish.tag_generation", watched)
+    at.write([*PARAGRAPHS, "one more"])
+    at.reindex()
+    assert [found_in(each) for each in seen] == [{}]
 
 
 def test_where_there_is_no_index_the_cache_builds_it(place: Callable[..., Place]) -> None:
