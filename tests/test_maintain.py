@@ -37,6 +37,7 @@ def test_the_flow_returns_and_shows_what_was_done(library: Any, prefect_api: str
     done = flow(str(file), settings=["index.keep_generations=2"])
     assert done.kept == (3, 4)
     assert "generations given up: 1, 2" in done.done
+    assert done.index_bytes is not None
     assert done.index_bytes[1] < done.index_bytes[0]
     with get_client(sync_client=True) as client:
         (shown,) = client.read_artifacts(
@@ -105,11 +106,10 @@ def test_only_what_no_kept_generation_of_any_index_uses_is_forgotten(
     other.reindex({"a": "theirs"})
     recorded(other)
     rollback(library.config)
-    state = library.config.state.uri
     paid_for = ("gone", "kept", "newest", "theirs")
-    assert prune_caches(state, days=1) == []  # nothing is a day old
+    assert prune_caches(library.config, days=1) == []  # nothing is a day old
     assert holds(library, lexical, *paid_for) == [True] * 4
-    (done,) = prune_caches(state, days=0)
+    (done,) = prune_caches(library.config, days=0)
     assert done.startswith("1 vectors of lexical-256-")
     assert holds(library, lexical, *paid_for) == [False, True, True, True]
     assert library.reindex({"a": "gone"}).sent == ["gone"]  # paid for once more
@@ -123,7 +123,7 @@ def test_nothing_is_forgotten_while_a_run_lives(library: Any, lexical: Lexical) 
         RunFolder(library.config.state.uri, "living").alive(),
         pytest.raises(IndexHeld, match=r"going on.*nothing of the cache was dropped"),
     ):
-        prune_caches(library.config.state.uri, days=0)
+        prune_caches(library.config, days=0)
     assert holds(library, lexical, "one") == [True]
 
 
@@ -133,9 +133,9 @@ def test_nothing_is_forgotten_that_an_absent_index_may_need(library: Any, lexica
     index = Path(library.config.index.uri)
     index.rename(index.with_name("elsewhere"))
     with pytest.raises(EmbedOnceError, match="is not there, so nobody can tell"):
-        prune_caches(library.config.state.uri, days=0)
+        prune_caches(library.config, days=0)
     index.mkdir()
-    prune_caches(library.config.state.uri, days=0)
+    prune_caches(library.config, days=0)
     assert holds(library, lexical, "one") == [False]
 
 
@@ -146,10 +146,10 @@ def test_what_came_before_ages_were_kept_stays(
     table = Cache(library.config.state.uri, lexical.space).table()
     assert table is not None
     table.drop_columns([REMEMBERED_AT.name])
-    assert prune_caches(library.config.state.uri, days=0) == []
+    assert prune_caches(library.config, days=0) == []
     cache = Cache(library.config.state.uri, lexical.space)
     assert cache.remember([paid("new")]) == 1
-    prune_caches(library.config.state.uri, days=0)
+    prune_caches(library.config, days=0)
     assert holds(library, lexical, "old", "new") == [True, False]
     assert library.reindex({"a": "old", "b": "old"}).sent == []
 

@@ -23,7 +23,8 @@ from tasks.keys import hash_column, text_hash
 from tasks.maintain import maintain
 from tasks.params import Config
 from tasks.providers.lexical import Lexical
-from tasks.tidy import bytes_of_folder, prune, shape_of, tidy, tidy_cache
+from tasks.shape import bytes_of_folder, shape_of
+from tasks.tidy import prune, tidy, tidy_cache
 
 WORDS = [f"word{number:x}" for number in range(5000)]
 
@@ -198,7 +199,7 @@ def test_pruning_drops_what_is_older_and_nothing_else(library: Any) -> None:
     known = generations(table)
     for gone in known[:2]:
         table.tags.delete(f"gen-{gone.number}")
-    prune(table, known[2].version)
+    prune(table, known[2].version, library.config.index, "mine")
     versions = {each["version"] for each in table.list_versions()}
     assert versions >= {known[2].version, known[3].version}
     assert versions.isdisjoint({known[0].version, known[1].version})
@@ -211,7 +212,7 @@ def test_a_prune_leaves_the_fragment_of_the_last_rewrite_alone(
 ) -> None:
     library.reindex(numbered(200))
     table = index_of(library)
-    tasks.tidy.rewrite(table)
+    tasks.tidy.rewrite(table, library.config.index, "mine")
     base = table.search().with_row_id(True).select(["id"]).limit(1).to_list()[0]
     texts = numbered(200)
     for number in range(4):
@@ -219,7 +220,7 @@ def test_a_prune_leaves_the_fragment_of_the_last_rewrite_alone(
         library.reindex(texts)
     table = index_of(library)
     assert shape_of(table).fragments == 5
-    prune(table, generations(table)[-1].version)
+    prune(table, generations(table)[-1].version, library.config.index, "mine")
     assert shape_of(table).fragments == 2
     first = table.search().with_row_id(True).select(["id"]).limit(1).to_list()[0]
     assert first["_rowid"] >> 32 == base["_rowid"] >> 32
