@@ -204,7 +204,7 @@ def prune(table: Table, since: int, index: Index, run_id: str) -> int:
     """Drop all versions before `since`, and of a folder what killed writers left.
 
     On an object store the files of killed writers stay: a run that has lost its lease could
-    take those of its successor for them.
+    take those of its successor for them. What stays is on disk already: who wrote it has synced it.
 
     Args:
         table: At its newest version; nobody else writes to it.
@@ -218,7 +218,6 @@ def prune(table: Table, since: int, index: Index, run_id: str) -> int:
     Raises:
         LockLost: Another run has taken the index over.
     """
-    sync_table(index.uri, index.table, since=0.0)  # what stays, before the rest goes
     before = shape_of(table).disk
     at = next(each["timestamp"] for each in table.list_versions() if each["version"] == since)
     for lateness in LATENESS_S:
