@@ -32,7 +32,7 @@ from tasks.notes import About
 from tasks.params import Config, Overrides, TableSource, configured
 from tasks.plan import Survey, require_few_leave, require_runnable, require_safe, survey
 from tasks.progress import Progress, listening, tell
-from tasks.publish import publish
+from tasks.publish import publish, tidy_published
 from tasks.read.frames import write_frame
 from tasks.recover import Recovered, recover
 from tasks.report import RunReport, ledger_row
@@ -180,7 +180,7 @@ def _embedded(settings: Config, overrides: Overrides, folder: RunFolder, clock: 
 def _published(
     ready: _Ready, folder: RunFolder, recovered: Recovered, about: About, clock: Clock
 ) -> RunReport:
-    """Publish, and tell."""
+    """Publish, tell, and tidy."""
     tell(Progress("publishing"))
     found, filled = ready.found, ready.filled
     with clock.stage("publish"):
@@ -206,6 +206,7 @@ def _published(
         clock=clock,
     )
     _close(report, folder)
+    tidy_published(published, filled.rows.rows, found.config.index, found.cache, folder.run_id)
     return report
 
 

@@ -12,21 +12,34 @@ import pyarrow as pa
 
 from tasks.cache import PREFIX, Cache, caches
 from tasks.errors import EmbedOnceError, IndexHeld
-from tasks.index import adopt, generations, held, identity_of, published_index
+from tasks.index import (
+    adopt,
+    generations,
+    held,
+    identity_of,
+    published_index,
+    still_held,
+)
 from tasks.journal import none_starts
 from tasks.keys import KeySet
-from tasks.lance import open_table, read_batches, writing
+from tasks.lance import durable, open_table, read_batches, reading, writing
 from tasks.ledger import Ledger
 from tasks.params import Config
+from tasks.plan import index_name
 from tasks.providers import Space
+from tasks.recover import recover
+from tasks.run import record_death
 from tasks.schemas import HASH
 from tasks.search_indexes import build_search_indexes
+from tasks.shape import bytes_of_folder
 from tasks.storage import is_local
-from tasks.tidy import bytes_of_folder, drop_old_versions, keep_newest, tidy
+from tasks.tidy import drop_old_versions, keep_newest, tidy
 
 STATE_TABLES = ("ledger", "calls", "quarantine", "calibrations")
 STATE_VERSIONS = 10
 """Versions of such a table that are not worth compacting it."""
+STATE_STAYS = timedelta(minutes=1)
+"""Versions of such a table that are younger may be in use."""
 SCAN_ROWS = 8192
 
 
@@ -38,23 +51,26 @@ class Maintained:
         name: The config's name.
         done: What, a phrase each.
         kept: Numbers of the generations that stay readable.
-        index_bytes: Of the index on disk, before and after.
-        state_bytes: Of cache, ledger and what else there is under state.uri, before and after.
+        index_bytes: Of the index on disk, before and after; None on an object store.
+        state_bytes: Of cache, ledger and what else there is under state.uri; the same.
     """
 
     name: str
     done: tuple[str, ...]
     kept: tuple[int, ...]
-    index_bytes: tuple[int, int]
-    state_bytes: tuple[int, int]
+    index_bytes: tuple[int, int] | None
+    state_bytes: tuple[int, int] | None
 
     def rows(self) -> list[tuple[str, str]]:
         """For people: label and value."""
         return [
             *(("done", each) for each in self.done or ("nothing was due",)),
             ("generations kept", ", ".join(map(str, self.kept)) or "none"),
-            ("index", "{:,} bytes, before {:,}".format(*reversed(self.index_bytes))),
-            ("state", "{:,} bytes, before {:,}".format(*reversed(self.state_bytes))),
+            *(
+                (name, f"{known[1]:,} bytes, before {known[0]:,}")
+                for name, known in (("index", self.index_bytes), ("state", self.state_bytes))
+                if known is not None
+            ),
         ]
 
 
@@ -69,69 +85,79 @@ def maintain(config: Config, prune_cache: int | None = None) -> Maintained:
     Raises:
         IndexHeld: Another run holds the index, or counts on the cache that is to be pruned.
         EmbedOnceError: An index that shares the cache cannot be found.
+        LockLost: Another run has taken the index over.
         SettingsError: There is no index yet.
     """
     published_index(config.index)  # before the lock: it would make the folder
-    before = _bytes(config)
+    places = (f"{config.index.uri}/{config.index.table}.lance", config.state.uri)
+    before = [_bytes(place) for place in places]
     run_id = f"maintain-{uuid4()}"
     with held(config.index, run_id):
+        recover(config.state.uri, record_death)  # else what died still counts on the cache
         adopt(config.index)
         table = published_index(config.index)
         given_up = generations(table)[: -config.index.keep_generations]
-        keep_newest(table, config.index.keep_generations)
+        keep_newest(table, config.index, run_id)
         done = []
         if given_up:
             names = ", ".join(str(each.number) for each in given_up)
             done.append(f"generations given up: {names}")
         if prune_cache is not None:
-            done += prune_caches(config.state.uri, prune_cache, run_id)
+            done += prune_caches(config, prune_cache, run_id)
         with writing(f"the index {config.index.table!r} in {config.index.uri}"):
             cache = Cache(config.state.uri, identity_of(table).space)
             done += tidy(config.index, cache, run_id, thorough=True)
-            done += build_search_indexes(published_index(config.index), config.metric)
+            with still_held(config.index, run_id), durable(config.index.uri, config.index.table):
+                done += build_search_indexes(published_index(config.index), config.metric)
         done += _tidy_state(config.state.uri)
         kept = tuple(each.number for each in generations(published_index(config.index)))
-    after = _bytes(config)
-    return Maintained(config.name, tuple(done), kept, (before[0], after[0]), (before[1], after[1]))
+    index_bytes, state_bytes = (
+        None if then is None else (then, bytes_of_folder(place))
+        for place, then in zip(places, before, strict=True)
+    )
+    return Maintained(config.name, tuple(done), kept, index_bytes, state_bytes)
 
 
-def prune_caches(state_uri: str, days: int, run_id: str = "prune") -> list[str]:
+def prune_caches(config: Config, days: int, run_id: str = "prune") -> list[str]:
     """Drop what no index needs from all caches of a state, while none of its runs lives or starts.
 
-    Entries of an unknown age, from before their age was kept, stay.
+    Entries of an unknown age, from before their age was kept, stay. The indexes are that of
+    `config`, whose state it is, and all that the ledger knows.
 
     Returns:
         What was done, a phrase each.
 
     Raises:
         IndexHeld: A run of this state is going on.
-        EmbedOnceError: An index cannot be found.
+        EmbedOnceError: An index cannot be found or read.
     """
-    before = datetime.now(tz=UTC) - timedelta(days=days)
+    state_uri, before = config.state.uri, datetime.now(tz=UTC) - timedelta(days=days)
     with none_starts(state_uri, run_id) as alone:
         if not alone:
             raise IndexHeld(
                 f"Another run of the state in {state_uri} is going on, and counts on the cache. "
                 "Prune the cache when it has ended; nothing of the cache was dropped."
             )
-        used = _used(state_uri)
+        used = _used(config)
         done = []
         for cache in caches(state_uri):
             keys = KeySet(pa.chunked_array(used.get(cache.space, []), HASH))
             dropped = cache.drop_unused(keys, before)
             table = cache.table()
             if dropped and table is not None:
-                drop_old_versions(table)
+                with writing(f"the cache {cache.name} in {state_uri}"):
+                    drop_old_versions(table, state_uri)
                 name = cache.name.removeprefix(PREFIX)
                 done.append(f"{dropped:,} vectors of {name} forgotten, unused for {days:,} days")
     return done
 
 
-def _used(state_uri: str) -> dict[Space, list[pa.Array]]:
+def _used(config: Config) -> dict[Space, list[pa.Array]]:
     """text_hash of each row of each kept generation of all indexes that share the state."""
+    state_uri = config.state.uri
     runs = Ledger(state_uri).runs()
     used: dict[Space, list[pa.Array]] = {}
-    for name in sorted(set(runs["index"])) if len(runs) else []:
+    for name in sorted({index_name(config), *(runs["index"] if len(runs) else ())}):
         folder, _, table_name = str(name).rpartition("/")
         if is_local(folder) and not Path(folder).is_dir():
             raise EmbedOnceError(
@@ -139,16 +165,19 @@ def _used(state_uri: str) -> dict[Space, list[pa.Array]]:
                 "there, so nobody can tell what it needs; nothing of the cache was dropped. Bring "
                 "it back, or make an empty folder in its place if the index is gone for good."
             )
-        table = open_table(folder, table_name)
-        if table is None:
-            continue
-        known = used.setdefault(identity_of(table).space, [])
-        newest = table.version
-        for version in {newest, *(each.version for each in generations(table))}:
-            table.checkout(version)
-            known += [
-                batch.column("text_hash") for batch in read_batches(table, SCAN_ROWS, ["text_hash"])
-            ]
+        with reading(
+            f"the index {name}, which shares the state in {state_uri}",
+            "Nothing of the cache was dropped, as nobody can tell what that index needs.",
+        ):
+            table = open_table(folder, table_name)
+            if table is None:
+                continue
+            known = used.setdefault(identity_of(table).space, [])
+            newest = table.version
+            for version in {newest, *(each.version for each in generations(table))}:
+                table.checkout(version)
+                batches = read_batches(table, SCAN_ROWS, ["text_hash"])
+                known += [batch.column("text_hash") for batch in batches]
     return used
 
 
@@ -160,11 +189,10 @@ def _tidy_state(state_uri: str) -> list[str]:
         if table is None or len(table.list_versions()) <= STATE_VERSIONS:
             continue
         with writing(f"the table {name} in {state_uri}"):
-            table.optimize(cleanup_older_than=timedelta(minutes=1))
+            drop_old_versions(table, state_uri, STATE_STAYS)
         done.append(f"{name} compacted")
     return done
 
 
-def _bytes(config: Config) -> tuple[int, int]:
-    index = f"{config.index.uri}/{config.index.table}.lance"
-    return bytes_of_folder(index), bytes_of_folder(config.state.uri)
+def _bytes(place: str) -> int | None:
+    return bytes_of_folder(place) if is_local(place) else None

@@ -132,11 +132,27 @@ def publish(
                 )
             _require_rows(table, before, expected, held)
         newest = tag_generation(table)
-    with unharmed():
-        if way == "overwrite":
-            cover(table)
-        tidy(index, cache, run_id, wrote=rows.rows)
     return Published(way, newest.number, newest.version, expected)
+
+
+def tidy_published(
+    published: Published, wrote: int, index: Index, cache: Cache, run_id: str
+) -> None:
+    """Tidy index and cache after `publish`, once the run is in the ledger: it may take a while.
+
+    Args:
+        published: What it committed.
+        wrote: Rows that it wrote.
+        index: The caller holds it.
+        cache: That of the index.
+        run_id: The caller's run.
+    """
+    if published.way == "none":
+        return
+    with unharmed():
+        if published.way == "overwrite":
+            cover(index, run_id)
+        tidy(index, cache, run_id, wrote=wrote)
 
 
 def _in_order_of(table: Table | None, metadata: list[pa.Field]) -> list[pa.Field]:

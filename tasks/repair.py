@@ -23,7 +23,7 @@ from tasks.ledger import Ledger
 from tasks.mending import Mending, bad_rows, mended, require_few_leave
 from tasks.notes import About
 from tasks.params import Config
-from tasks.publish import publish
+from tasks.publish import Published, publish, tidy_published
 from tasks.quarantine import Quarantine
 from tasks.recover import recover
 from tasks.report import Chunks, ledger_row
@@ -67,13 +67,16 @@ def repair(config: Config, sample: int | None = None) -> Verified:
         try:
             seen = look(config, folder.staging, sample, folder if is_paid(config, sample) else None)
             found = [*early, *_besides(early, seen.findings)]
-            _mend(seen, folder, done)
+            published = _mend(seen, folder, done)
         except EmbedOnceError as error:
             _record(config, folder, about, clock, done, error=str(error))
             raise
         usd = sum(call.usd for call in folder.calls())
         if found or usd:
             _record(config, folder, about, clock, done)
+        if published is not None:
+            cache = seen.entries.cache
+            tidy_published(published, done.written, config.index, cache, folder.run_id)
         with tempfile.TemporaryDirectory(prefix="embed-once-") as staging:
             free = not is_paid(config, sample)
             again = look(config, Path(staging), sample if free else 0, None)
@@ -113,8 +116,8 @@ def _besides(early: list[Finding], later: list[Finding]) -> list[Finding]:
     return [each for each in later if each.kind not in kinds]
 
 
-def _mend(seen: Look, folder: RunFolder, done: _Done) -> None:
-    """Mend the cache, then the index in one commit."""
+def _mend(seen: Look, folder: RunFolder, done: _Done) -> Published | None:
+    """Mend the cache, then the index, if there is one, in one commit."""
     config, found, entries = seen.config, seen.differences, seen.entries
     cache = entries.cache
     spoiled = np.flatnonzero((entries.faults != Fault.SOUND) | entries.duplicate)
@@ -124,7 +127,7 @@ def _mend(seen: Look, folder: RunFolder, done: _Done) -> None:
         done.entries_dropped = len(spoiled)
     done.entries_added += fold(folder, cache)
     if found is None:
-        return
+        return None
     done.entries_added += _take_from_index(seen, found, texts)
     mending = Mending.of(seen, found, cache)
     require_few_leave(seen, found, mending.leaving)
@@ -146,6 +149,7 @@ def _mend(seen: Look, folder: RunFolder, done: _Done) -> None:
     released = released.filter(pa.array(cache.holds(released))).unique()
     Quarantine(config.state.uri, cache.space.id).release(released.to_pylist())
     done.released = len(released)
+    return published
 
 
 def _take_from_index(seen: Look, found: Differences, dropped: pa.Array) -> int:

@@ -15,6 +15,7 @@ from tasks.index import (
     generations,
     held,
     published_index,
+    still_held,
     tag_generation,
 )
 from tasks.keys import KeySet, digest_column
@@ -44,6 +45,7 @@ def rollback(config: Config, number: int | None = None) -> RunReport:
     Raises:
         SettingsError: There is no such generation, or it is not kept any more.
         IndexHeld: Another run holds the index.
+        LockLost: Another run has taken it over.
     """
     published_index(config.index)  # before the lock: it would make the folder
     clock = Clock(datetime.now(tz=UTC))
@@ -54,11 +56,15 @@ def rollback(config: Config, number: int | None = None) -> RunReport:
         target = _chosen(config, generations(table), number)
         newest, older = _rows(table, None), _rows(table, target.version)
         place = f"the index {config.index.table!r} in {config.index.uri}"
-        with writing(place), committing(config.index, table.version):
+        with (
+            still_held(config.index, run_id),
+            writing(place),
+            committing(config.index, table.version),
+        ):
             table.checkout(target.version)
             table.restore()
             generation = tag_generation(table)
-        keep_newest(table, config.index.keep_generations)
+        keep_newest(table, config.index, run_id)
         ended = ended_report(about_run(config, run_id, clock), [], "completed", "", clock.total())
         report = ended.model_copy(
             update={

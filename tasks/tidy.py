@@ -12,23 +12,23 @@ tenth is deleted is written anew too. So three things happen apart from each oth
 """
 
 import logging
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any
 
 from lancedb.index import Bitmap
 from lancedb.table import Table
 
 from tasks.cache import Cache
 from tasks.errors import EmbedOnceError
-from tasks.index import TAG, Generation, generations, open_index
+from tasks.index import TAG, Generation, generations, open_index, require_held
 from tasks.journal import none_starts
+from tasks.lance import durable, sync_table
 from tasks.params import Index
 from tasks.search_indexes import refresh_text_index, vector_index
+from tasks.shape import Shape, shape_of
+from tasks.storage import is_local
 
 COVER = "embed_once_base"
 """Bookkeeping index on `run_id`, a few bytes a run: covers what the last rewrite wrote."""
@@ -55,61 +55,6 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Copy:
-    """Versions in a row that share one copy of the rows, each with what was added since.
-
-    Attributes:
-        first: The first of them.
-        last: The last of them.
-        size: Bytes of all their data files.
-    """
-
-    first: int
-    last: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a table takes on disk, in bytes.
-
-    Attributes:
-        copies: Oldest first; the newest version is in the last one.
-        disk: All files; what killed writers left is among them.
-        newest: Data files of the newest version.
-        live: What the newest version would take freshly written, its indexes included.
-        indexes: Indexes of the newest version.
-        fragments: Of the newest version.
-        deleted: Rows deleted in them.
-        largest: Rows of the largest of them.
-        rows: Rows of the newest version.
-    """
-
-    copies: tuple[Copy, ...]
-    disk: int
-    newest: int
-    live: int
-    indexes: int
-    fragments: int
-    deleted: int
-    largest: int
-    rows: int
-
-    @property
-    def waste(self) -> int:
-        """Bytes of the newest version that are deleted rows."""
-        return self.newest + self.indexes - self.live
-
-    def bytes_of(self, rows: int) -> int:
-        """What so many rows take."""
-        return rows * self.live // max(self.rows, 1)
-
-    def unneeded(self, since: int) -> int:
-        """Bytes of copies that end before version `since`."""
-        return sum(copy.size for copy in self.copies if copy.last < since)
-
-
-@dataclass(frozen=True)
 class Taken:
     """What index and cache take on disk, in bytes, and what they may take."""
 
@@ -131,79 +76,31 @@ class Taken:
         return self.limit - self.disk
 
 
-def shape_of(table: Table) -> Shape:
-    """What `table`, at its newest version, takes on disk."""
-    versions = sorted(table.list_versions(), key=lambda entry: entry["version"])
-    facts = [{name: int(value) for name, value in entry["metadata"].items()} for entry in versions]
-    copies: list[Copy] = []
-    before: dict[str, int] | None = None
-    for entry, now in zip(versions, facts, strict=True):
-        version, size = int(entry["version"]), now["total_files_size"]
-        if before is None or (
-            # What only adds has more fragments, what only deletes has the same files.
-            now["total_fragments"] <= before["total_fragments"]
-            and size != before["total_files_size"]
-            and _first_fragment(table, version) != _first_fragment(table, copies[-1].last)
-        ):
-            copies.append(Copy(version, version, size))
-        else:
-            last = copies[-1]
-            copies[-1] = Copy(last.first, version, max(last.size, size))
-        before = now
-    newest = facts[-1]
-    stats: Any = table.stats()
-    stored = max(newest["total_data_file_rows"], 1)
-    indexes = max(stats["total_bytes"] - newest["total_files_size"], 0)
-    return Shape(
-        copies=tuple(copies),
-        disk=max(
-            bytes_of_folder(str(table.uri)),  # type: ignore[attr-defined]
-            sum(copy.size for copy in copies),
-        ),
-        newest=newest["total_files_size"],
-        live=newest["total_files_size"] * newest["total_rows"] // stored + indexes,
-        indexes=indexes,
-        fragments=newest["total_fragments"],
-        deleted=newest["total_deletion_file_rows"],
-        largest=stats["fragment_stats"]["lengths"]["max"],
-        rows=newest["total_rows"],
-    )
-
-
-def bytes_of_folder(path: str) -> int:
-    """Bytes of all files below `path`; 0 where it is no folder of this machine."""
-    total = 0
-    for folder, _, files in os.walk(path):
-        for name in files:
-            with suppress(FileNotFoundError):
-                total += (Path(folder) / name).stat().st_size
-    return total
-
-
-def _first_fragment(table: Table, version: int) -> int:
-    """Number of the fragment that the rows of a version begin with; LanceDB uses none twice."""
-    table.checkout(version)
-    try:
-        found = table.search().select([]).with_row_id(True).limit(1).to_arrow()
-    finally:
-        table.checkout_latest()  # type: ignore[no-untyped-call]
-    return int(found.column("_rowid")[0].as_py()) >> 32 if found.num_rows else -1
-
-
-def keep_newest(table: Table, keep: int) -> list[Generation]:
-    """Give up all generations but the newest `keep`.
+def keep_newest(table: Table, index: Index, run_id: str) -> list[Generation]:
+    """Give up all generations but the newest `index.keep_generations`.
 
     Returns:
         Those that are kept, oldest first.
+
+    Raises:
+        LockLost: Another run has taken the index over.
     """
     known = generations(table)
-    for generation in known[:-keep]:
+    _give_up(table, known[: -index.keep_generations], index, run_id)
+    return known[-index.keep_generations :]
+
+
+def _give_up(table: Table, unneeded: list[Generation], index: Index, run_id: str) -> None:
+    for generation in unneeded:
+        require_held(index, run_id)
         table.tags.delete(f"{TAG}{generation.number}")
-    return known[-keep:]
 
 
 def make_room(index: Index, cache: Cache, run_id: str, *, writes: int | None, leaves: int) -> None:
     """Give up older generations where publish would need more disk than there may be.
+
+    The copy that the newest generation was published on stays even so, for its readers; where
+    it has been rewritten since, index and cache may take more by this one copy until the next run.
 
     Args:
         index: The caller holds it.
@@ -222,7 +119,7 @@ def make_room(index: Index, cache: Cache, run_id: str, *, writes: int | None, le
     room = Taken.of(shape, cache).room
     last_chance = shape.deleted <= REWRITTEN * shape.largest < shape.deleted + leaves
     if len(shape.copies) > 1 and (room < extra or (last_chance and room < extra + shape.live)):
-        _give_up_old_copies(table, shape)
+        _give_up_old_copies(table, shape, index, run_id)
         room = Taken.of(shape_of(table), cache).room
     if room < extra + shape.live:
         tidy_cache(cache, run_id, room=room - extra)
@@ -242,17 +139,20 @@ def tidy(
 
     Returns:
         What was done, a phrase each.
+
+    Raises:
+        LockLost: Another run has taken the index over.
     """
     table = open_index(index)
     if table is None:
         return []
     done = []
-    kept = keep_newest(table, index.keep_generations)
+    kept = keep_newest(table, index, run_id)
     shape = shape_of(table)
     share, floor, fragments = (0.05, 0, 8) if thorough else (WASTE, FLOOR, FRAGMENTS)
     worth = max(int(share * shape.live), floor)
     if kept and shape.unneeded(kept[0].version) > worth:
-        freed = prune(table, kept[0].version)
+        freed = prune(table, kept[0].version, index, run_id)
         done.append(f"versions that no generation needs dropped ({freed:,} bytes)")
         shape = shape_of(table)
     done += tidy_cache(cache, run_id, room=Taken.of(shape, cache).room, thorough=thorough)
@@ -263,40 +163,60 @@ def tidy(
     overdue = shape.waste > 2 * worth + FLOOR and len(shape.copies) == 1
     fits = shape.live <= max(room, FLOOR)
     if shape.live > floor and ((fits and (due or last_chance)) or overdue):
-        rewrite(table)
+        rewrite(table, index, run_id)
         done.append(f"{shape.fragments:,} fragments written into one ({shape.live:,} bytes)")
     return done
 
 
-def cover(table: Table) -> None:
-    """Mark what the newest version consists of, so that a prune leaves it alone."""
-    if shape_of(table).live >= FLOOR:
-        table.create_index("run_id", config=Bitmap(), name=COVER, replace=True)
+def cover(index: Index, run_id: str) -> None:
+    """Mark what the newest version consists of, so that a prune leaves it alone.
+
+    Raises:
+        LockLost: Another run has taken the index over.
+    """
+    table = open_index(index)
+    if table is not None and shape_of(table).live >= FLOOR:
+        require_held(index, run_id)
+        with durable(index.uri, index.table):
+            table.create_index("run_id", config=Bitmap(), name=COVER, replace=True)
 
 
-def rewrite(table: Table) -> None:
+def rewrite(table: Table, index: Index, run_id: str) -> None:
     """Write the newest version as one fragment, with the indexes that it has.
 
     With a vector index LanceDB itself compacts step by step, by what each of its parts covers;
     there only deleted rows go.
+
+    Raises:
+        LockLost: Another run has taken the index over.
     """
-    if COVER in {each.name for each in table.list_indices()}:
-        table.drop_index(COVER)
-    if vector_index(table) is None:
-        refresh_text_index(table)
-    table.optimize(cleanup_older_than=FOREVER)
-    table.create_index("run_id", config=Bitmap(), name=COVER, replace=True)
+    require_held(index, run_id)
+    with durable(index.uri, index.table):
+        if COVER in {each.name for each in table.list_indices()}:
+            table.drop_index(COVER)
+        if vector_index(table) is None:
+            refresh_text_index(table)
+        table.optimize(cleanup_older_than=FOREVER)
+        table.create_index("run_id", config=Bitmap(), name=COVER, replace=True)
 
 
-def prune(table: Table, since: int) -> int:
-    """Drop all versions before `since`, and what killed writers left.
+def prune(table: Table, since: int, index: Index, run_id: str) -> int:
+    """Drop all versions before `since`, and of a folder what killed writers left.
+
+    On an object store the files of killed writers stay: a run that has lost its lease could
+    take those of its successor for them. What stays is on disk already: who wrote it has synced it.
 
     Args:
         table: At its newest version; nobody else writes to it.
         since: The oldest version to keep: the newest one, or one that carries a tag.
+        index: That of the table; the caller holds it.
+        run_id: The caller's run.
 
     Returns:
         Bytes freed.
+
+    Raises:
+        LockLost: Another run has taken the index over.
     """
     before = shape_of(table).disk
     at = next(each["timestamp"] for each in table.list_versions() if each["version"] == since)
@@ -304,8 +224,10 @@ def prune(table: Table, since: int) -> int:
         age = datetime.now(tz=UTC) - at.astimezone(UTC) + timedelta(seconds=lateness)
         if since == table.version:
             age = BRIEFLY
+        require_held(index, run_id)
         try:
-            table.optimize(cleanup_older_than=age, delete_unverified=True)
+            with durable(index.uri, index.table):
+                table.optimize(cleanup_older_than=age, delete_unverified=is_local(index.uri))
         except RuntimeError as error:
             if "tagged version" not in str(error) or lateness == LATENESS_S[-1]:
                 raise
@@ -340,20 +262,27 @@ def tidy_cache(cache: Cache, run_id: str, *, room: int, thorough: bool = False) 
     with none_starts(cache.state_uri, run_id) as alone:
         if not alone:
             return []
-        table.optimize(cleanup_older_than=FOREVER)
-        freed = drop_old_versions(table)
+        freed = drop_old_versions(table, cache.state_uri)
     cache.refresh()
     return [f"cache compacted, {shape.fragments:,} fragments ({freed:,} bytes freed)"]
 
 
-def drop_old_versions(table: Table) -> int:
-    """Drop all versions but the newest of a table that nobody else uses.
+def drop_old_versions(table: Table, uri: str, older_than: timedelta = BRIEFLY) -> int:
+    """Compact a table of a state, then drop its old versions.
+
+    Args:
+        table: One without indexes, at its newest version.
+        uri: The state.
+        older_than: Versions younger than this stay for others; the newest one always does.
 
     Returns:
         Bytes freed.
     """
     before = shape_of(table).disk
-    table.optimize(cleanup_older_than=BRIEFLY)
+    table.optimize(cleanup_older_than=FOREVER)
+    # Else a power cut would take the new files, after the old ones have gone.
+    sync_table(uri, table.name, since=0.0)
+    table.optimize(cleanup_older_than=older_than)
     return max(before - shape_of(table).disk, 0)
 
 
@@ -366,17 +295,13 @@ def unharmed() -> Iterator[None]:
         logger.warning("Tidying was left for the next run: %s", error)
 
 
-def _give_up_old_copies(table: Table, shape: Shape) -> None:
-    """Keep only generations on the newest copy; the newest one moves there if it is on none."""
+def _give_up_old_copies(table: Table, shape: Shape, index: Index, run_id: str) -> None:
+    """Keep only generations on the copy of the newest one, and what follows it, say a rewrite."""
     known = generations(table)
     if not known:
         return
-    first = shape.copies[-1].first
-    since = next((each.version for each in known if each.version >= first), table.version)
-    for generation in known[:-1]:
-        if generation.version < since:
-            table.tags.delete(f"{TAG}{generation.number}")
-    if known[-1].version < since:
-        # What follows a generation without being one, say a rewrite, has the same rows.
-        table.tags.update(f"{TAG}{known[-1].number}", since)
-    prune(table, since)
+    first = next(copy.first for copy in shape.copies if copy.last >= known[-1].version)
+    since = next(each.version for each in known if each.version >= first)
+    if shape.unneeded(since):
+        _give_up(table, [each for each in known if each.version < since], index, run_id)
+        prune(table, since, index, run_id)

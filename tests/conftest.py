@@ -23,7 +23,7 @@ from tasks.notes import Call
 from tasks.params import Config, Index, Overrides
 from tasks.plan import Survey, require_safe, survey
 from tasks.providers.lexical import Lexical
-from tasks.publish import Published, publish
+from tasks.publish import Published, publish, tidy_published
 from tasks.read import ReadNotes, Wanted
 from tasks.recover import Recovered, recover
 from tasks.schemas import BATCH, CHUNKS, TableRef, vectors_schema
@@ -275,6 +275,7 @@ def reindex() -> Callable[..., Ran]:
                 run_id=folder.run_id,
             )
             folder.forget_notes()
+            tidy_published(published, filled.rows.rows, config.index, found.cache, folder.run_id)
         return Ran(found, published, sent, recovered, calls)
 
     return run

@@ -236,7 +236,7 @@ state: {{uri: ./state}}
 
     def flow_process(self) -> int:
         """The process of the flow run that holds the index."""
-        holder = json.loads((self.config.parent / "index" / "birds.holder.json").read_text())
+        holder = json.loads((self.config.parent / "index" / "birds.lock.holder").read_text())
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has just ended
                 environ = (folder / "environ").read_bytes()

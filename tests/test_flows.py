@@ -21,6 +21,7 @@ import pytest
 from prefect import flow
 from prefect.settings import PREFECT_API_URL
 
+import flows.reindex
 from flows.embedding import embed_all
 from flows.plan import plan
 from flows.reindex import reindex, run, run_frame
@@ -571,3 +572,17 @@ def test_a_folder_of_files_may_not_become_a_table_unnoticed(home: Path) -> None:
     settings = ["source={kind: table, path: t.parquet}", "index.max_deleted_fraction=1"]
     with pytest.raises(SettingsError, match="this config cuts by none"):
         reindexed(home, Overrides(settings=settings))
+
+
+def test_a_run_is_in_the_ledger_before_it_tidies(home: Path, monkeypatch: Any) -> None:
+    class Killed(BaseException):
+        """What the system does to a process: nothing after it runs."""
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(flows.reindex, "tidy_published", killed)
+    with pytest.raises(Killed):
+        reindexed(home)
+    (told,) = history(config_of(home)).to_dict("records")
+    assert (told["state"], told["generation"]) == ("completed", 1)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,9 +19,10 @@ from tasks.index import generations, held, open_index
 from tasks.journal import RunFolder
 from tasks.keys import hash_column, text_hash
 from tasks.ledger import Ledger
-from tasks.maintain import maintain, prune_caches
+from tasks.maintain import Maintained, maintain, prune_caches
 from tasks.providers.lexical import Lexical
 from tasks.rollback import rollback
+from tasks.run import Clock, about_run
 
 
 def numbered(count: int, word: str = "word") -> dict[str, str]:
@@ -37,6 +39,7 @@ def test_the_flow_returns_and_shows_what_was_done(library: Any, prefect_api: str
     done = flow(str(file), settings=["index.keep_generations=2"])
     assert done.kept == (3, 4)
     assert "generations given up: 1, 2" in done.done
+    assert done.index_bytes is not None
     assert done.index_bytes[1] < done.index_bytes[0]
     with get_client(sync_client=True) as client:
         (shown,) = client.read_artifacts(
@@ -105,11 +108,10 @@ def test_only_what_no_kept_generation_of_any_index_uses_is_forgotten(
     other.reindex({"a": "theirs"})
     recorded(other)
     rollback(library.config)
-    state = library.config.state.uri
     paid_for = ("gone", "kept", "newest", "theirs")
-    assert prune_caches(state, days=1) == []  # nothing is a day old
+    assert prune_caches(library.config, days=1) == []  # nothing is a day old
     assert holds(library, lexical, *paid_for) == [True] * 4
-    (done,) = prune_caches(state, days=0)
+    (done,) = prune_caches(library.config, days=0)
     assert done.startswith("1 vectors of lexical-256-")
     assert holds(library, lexical, *paid_for) == [False, True, True, True]
     assert library.reindex({"a": "gone"}).sent == ["gone"]  # paid for once more
@@ -123,7 +125,7 @@ def test_nothing_is_forgotten_while_a_run_lives(library: Any, lexical: Lexical) 
         RunFolder(library.config.state.uri, "living").alive(),
         pytest.raises(IndexHeld, match=r"going on.*nothing of the cache was dropped"),
     ):
-        prune_caches(library.config.state.uri, days=0)
+        prune_caches(library.config, days=0)
     assert holds(library, lexical, "one") == [True]
 
 
@@ -133,9 +135,9 @@ def test_nothing_is_forgotten_that_an_absent_index_may_need(library: Any, lexica
     index = Path(library.config.index.uri)
     index.rename(index.with_name("elsewhere"))
     with pytest.raises(EmbedOnceError, match="is not there, so nobody can tell"):
-        prune_caches(library.config.state.uri, days=0)
+        prune_caches(library.config, days=0)
     index.mkdir()
-    prune_caches(library.config.state.uri, days=0)
+    prune_caches(library.config, days=0)
     assert holds(library, lexical, "one") == [False]
 
 
@@ -146,12 +148,65 @@ def test_what_came_before_ages_were_kept_stays(
     table = Cache(library.config.state.uri, lexical.space).table()
     assert table is not None
     table.drop_columns([REMEMBERED_AT.name])
-    assert prune_caches(library.config.state.uri, days=0) == []
+    assert prune_caches(library.config, days=0) == []
     cache = Cache(library.config.state.uri, lexical.space)
     assert cache.remember([paid("new")]) == 1
-    prune_caches(library.config.state.uri, days=0)
+    prune_caches(library.config, days=0)
     assert holds(library, lexical, "old", "new") == [True, False]
     assert library.reindex({"a": "old", "b": "old"}).sent == []
+
+
+def test_what_the_own_index_uses_stays_though_no_run_of_it_is_known(
+    library: Any, lexical: Lexical
+) -> None:
+    library.reindex({"a": "one"})
+    assert len(Ledger(library.config.state.uri).runs()) == 0
+    assert prune_caches(library.config, days=0) == []
+    assert holds(library, lexical, "one") == [True]
+
+
+def test_an_index_that_cannot_be_read_is_named_and_nothing_forgotten(
+    library: Any, lexical: Lexical, library_class: Any
+) -> None:
+    library.reindex({"a": "one"})
+    other = library_class(library.folder, library.run, name="other")
+    other.reindex({"a": "theirs"})
+    recorded(other)
+    for manifest in (library.folder / "index" / "other.lance" / "_versions").iterdir():
+        manifest.write_bytes(b"")
+    with pytest.raises(EmbedOnceError, match=r"could not read the index .*/other.*of the cache"):
+        prune_caches(library.config, days=0)
+    assert holds(library, lexical, "one", "theirs") == [True, True]
+
+
+def test_runs_that_died_are_told_of_and_their_answers_kept(
+    library: Any, lexical: Lexical, died: type[Exception], call_of: Callable[..., Any]
+) -> None:
+    library.reindex({"a": "one"})
+    folder = RunFolder(library.config.state.uri, "dead")
+    about = about_run(library.config, "dead", Clock(datetime.now(tz=UTC)))
+
+    def die() -> None:
+        answer = hash_column([text_hash("two")]), lexical.embed(["two"]).vectors
+        with folder.alive(about):
+            folder.write_answer(*answer, lexical.space, call_of("dead"))
+            raise died
+
+    with pytest.raises(died):
+        die()
+    maintain(library.config)
+    runs = Ledger(library.config.state.uri).runs()
+    assert [(row["run_id"], row["state"]) for _, row in runs.iterrows()] == [("dead", "died")]
+    assert holds(library, lexical, "two") == [True]
+
+
+def test_sizes_that_nobody_knows_are_not_told() -> None:
+    done = Maintained("t", (), (1,), index_bytes=None, state_bytes=(7_000, 5_000))
+    assert done.rows() == [
+        ("done", "nothing was due"),
+        ("generations kept", "1"),
+        ("state", "5,000 bytes, before 7,000"),
+    ]
 
 
 # Readers

@@ -1,29 +1,35 @@
 """Index and cache stay within twice their live bytes, and the newest generations readable."""
 
 import itertools
+import os
 import random
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lancedb
 import pytest
-from lancedb.table import Table
+from lancedb.table import LanceTable, Table
 
 import tasks.publish
+import tasks.storage
 import tasks.tidy
 from tasks.cache import Cache
+from tasks.errors import LockLost
 from tasks.index import generations, open_index
 from tasks.journal import RunFolder, none_starts
 from tasks.keys import hash_column, text_hash
+from tasks.ledger import Ledger
 from tasks.maintain import maintain
 from tasks.params import Config
 from tasks.providers.lexical import Lexical
-from tasks.tidy import bytes_of_folder, prune, shape_of, tidy, tidy_cache
+from tasks.rollback import rollback
+from tasks.shape import bytes_of_folder, shape_of
+from tasks.tidy import prune, tidy, tidy_cache
 
 WORDS = [f"word{number:x}" for number in range(5000)]
 
@@ -198,7 +204,7 @@ def test_pruning_drops_what_is_older_and_nothing_else(library: Any) -> None:
     known = generations(table)
     for gone in known[:2]:
         table.tags.delete(f"gen-{gone.number}")
-    prune(table, known[2].version)
+    prune(table, known[2].version, library.config.index, "mine")
     versions = {each["version"] for each in table.list_versions()}
     assert versions >= {known[2].version, known[3].version}
     assert versions.isdisjoint({known[0].version, known[1].version})
@@ -211,7 +217,7 @@ def test_a_prune_leaves_the_fragment_of_the_last_rewrite_alone(
 ) -> None:
     library.reindex(numbered(200))
     table = index_of(library)
-    tasks.tidy.rewrite(table)
+    tasks.tidy.rewrite(table, library.config.index, "mine")
     base = table.search().with_row_id(True).select(["id"]).limit(1).to_list()[0]
     texts = numbered(200)
     for number in range(4):
@@ -219,7 +225,7 @@ def test_a_prune_leaves_the_fragment_of_the_last_rewrite_alone(
         library.reindex(texts)
     table = index_of(library)
     assert shape_of(table).fragments == 5
-    prune(table, generations(table)[-1].version)
+    prune(table, generations(table)[-1].version, library.config.index, "mine")
     assert shape_of(table).fragments == 2
     first = table.search().with_row_id(True).select(["id"]).limit(1).to_list()[0]
     assert first["_rowid"] >> 32 == base["_rowid"] >> 32
@@ -288,3 +294,105 @@ def test_tidying_thoroughly_twice_does_nothing_the_second_time(
     assert tidy(library.config.index, cache_of(library, lexical), "mine", thorough=True) == []
     assert index_of(library).version == version
     assert library.texts() == texts
+
+
+# What a power cut, a lost lease and a reader find
+
+
+def unsynced(folder: Path, synced: set[tuple[int, int]]) -> list[str]:
+    """Files below `folder` that no fsync has put on disk as they are."""
+    files = {each: each.stat() for each in folder.rglob("*") if each.is_file()}
+    return [str(each) for each, s in files.items() if (s.st_ino, s.st_mtime_ns) not in synced]
+
+
+def test_nothing_goes_before_what_stays_is_on_disk(
+    library: Any, no_floor: None, call_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, lost, pruned = set(), list[str](), set[str]()
+    fsync, optimize = os.fsync, LanceTable.optimize
+
+    def seen_fsync(file: int) -> None:
+        fsync(file)
+        synced.add((os.fstat(file).st_ino, os.fstat(file).st_mtime_ns))
+
+    def seen_optimize(table: LanceTable, **options: Any) -> Any:
+        if options["cleanup_older_than"] < tasks.tidy.FOREVER:
+            pruned.add(table.name.split("-")[0])
+            lost.extend(unsynced(Path(table.uri), synced))
+        return optimize(table, **options)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(LanceTable, "optimize", seen_optimize)
+    library.settings = {"keep_generations": 2}
+    ledger = Ledger(library.config.state.uri)
+    for number in range(12):
+        library.reindex(numbered(20 + number, f"text{number // 4}"))
+        ledger.record_calls([call_of(batch=number)])
+    done = maintain(library.config, prune_cache=0).done
+    assert any("forgotten" in each for each in done)
+    tasks.tidy.rewrite(index_of(library), library.config.index, "mine")
+    assert pruned == {"t", "vectors", "calls"}
+    assert lost == []
+    index = Path(library.config.index.uri) / "t.lance"
+    assert unsynced(index, synced) == []
+
+
+STEPS: dict[str, Callable[[Any, Table], object]] = {
+    "give up": lambda config, table: tasks.tidy.keep_newest(table, config.index, "mine"),
+    "prune": lambda config, table: prune(table, table.version, config.index, "mine"),
+    "rewrite": lambda config, table: tasks.tidy.rewrite(table, config.index, "mine"),
+    "cover": lambda config, _: tasks.tidy.cover(config.index, "mine"),
+    "roll back": lambda config, _: rollback(config),
+    "maintain": lambda config, _: maintain(config),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_who_has_lost_the_index_leaves_it_alone(
+    library: Any, no_floor: None, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        library.reindex(numbered(20, f"text{number}"))
+    library.settings = {"keep_generations": 1}
+    table = index_of(library)
+
+    def lost(*_: object) -> None:
+        raise LockLost("another run has taken it over")
+
+    monkeypatch.setattr(tasks.storage.Storage, "require_held", lost)
+    before = table.list_versions(), generations(table)
+    with pytest.raises(LockLost):
+        STEPS[step](library.config, table)
+    table = index_of(library)
+    assert (table.list_versions(), generations(table)) == before
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["folder", "object store"])
+def test_what_a_living_writer_may_own_goes_only_where_none_can_live(
+    library: Any, local: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.reindex(numbered(20))
+    table = index_of(library)
+    written = Path(library.config.index.uri) / "t.lance" / "data" / f"{'0' * 50}.lance"
+    shutil.copy(next(written.parent.iterdir()), written)
+    os.utime(written, (time.time() - 3600,) * 2)
+    monkeypatch.setattr(tasks.tidy, "is_local", lambda _: local)
+    prune(table, table.version, library.config.index, "mine")
+    assert written.exists() != local
+
+
+def test_who_reads_the_newest_generation_goes_on_through_the_next_publish(
+    library: Any, lexical: Lexical, no_floor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.reindex(numbered(200))
+    texts = {**numbered(200), **numbered(50, "changed")}
+    library.reindex(texts)
+    reader = index_of(library)
+    tasks.tidy.rewrite(index_of(library), library.config.index, "mine")
+    assert len(shape_of(index_of(library)).copies) == 2
+    monkeypatch.setattr(tasks.tidy, "DISK_FACTOR", 0.0)  # there is no room at all
+    cache = cache_of(library, lexical)
+    tasks.tidy.make_room(library.config.index, cache, "mine", writes=None, leaves=200)
+    rows = reader.search().select(["id", "text"]).limit(500).to_list()
+    assert {row["id"]: row["text"] for row in rows} == texts
+    assert generations(index_of(library))[-1].version == reader.version
