@@ -78,12 +78,12 @@ def writing(what: str) -> Iterator[None]:
         yield
     except (RuntimeError, OSError, ValueError) as error:
         raise EmbedOnceError(
-            f"LanceDB could not write {what}: {_in_short(error)}. "
+            f"LanceDB could not write {what}: {in_short(error)}. "
             "What was paid for is kept. See that it can be written and has room, then run again."
         ) from error
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
     """What LanceDB says, without where in its own source that stands."""
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     return re.sub(r"^lance error: |LanceError\(\w+\): |, /\S+\.rs:\d+:\d+", "", first).rstrip(". ")
@@ -149,7 +149,7 @@ def reading(table: Table, what: str, last_resort: str) -> Iterator[None]:
                 "Run again when it has ended."
             ) from error
         raise EmbedOnceError(
-            f"LanceDB could not read {what} in {place}: {_in_short(error)}. See that its disk "
+            f"LanceDB could not read {what} in {place}: {in_short(error)}. See that its disk "
             f"or store is there, and run again. As a last resort {last_resort}"
         ) from error
 

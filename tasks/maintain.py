@@ -22,7 +22,7 @@ from tasks.index import (
 )
 from tasks.journal import none_starts
 from tasks.keys import KeySet
-from tasks.lance import durable, open_table, read_batches, reading, writing
+from tasks.lance import durable, in_short, open_table, read_batches, writing
 from tasks.ledger import Ledger
 from tasks.params import Config
 from tasks.plan import index_name
@@ -165,10 +165,7 @@ def _used(config: Config) -> dict[Space, list[pa.Array]]:
                 "there, so nobody can tell what it needs; nothing of the cache was dropped. Bring "
                 "it back, or make an empty folder in its place if the index is gone for good."
             )
-        with reading(
-            f"the index {name}, which shares the state in {state_uri}",
-            "Nothing of the cache was dropped, as nobody can tell what that index needs.",
-        ):
+        try:
             table = open_table(folder, table_name)
             if table is None:
                 continue
@@ -178,6 +175,12 @@ def _used(config: Config) -> dict[Space, list[pa.Array]]:
                 table.checkout(version)
                 batches = read_batches(table, SCAN_ROWS, ["text_hash"])
                 known += [batch.column("text_hash") for batch in batches]
+        except (RuntimeError, OSError, ValueError) as error:
+            raise EmbedOnceError(
+                f"LanceDB could not read the index {name}, which shares the state in {state_uri}: "
+                f"{in_short(error)}. Nothing of the cache was dropped, as nobody can tell what "
+                "that index needs."
+            ) from error
     return used
 
 

@@ -255,7 +255,9 @@ def reindex() -> Callable[..., Ran]:
         overrides = overrides or Overrides()
         folder, calls = RunFolder(config.state.uri, f"run-{next(numbers):04d}"), list[Call]()
         with held(config.index, folder.run_id), folder.alive():
-            recovered = recover(config.state.uri, lambda _, found: calls.extend(found))
+            recovered = recover(
+                config.state.uri, lambda _, found: calls.extend(found), besides=folder.run_id
+            )
             adopt(config.index)
             found = survey(config, overrides, folder.staging)
             require_safe(found, overrides)

@@ -121,7 +121,7 @@ def test_a_search_reads_what_is_published_while_its_text_is_embedded(
         for tag in table.tags.list():
             table.tags.delete(tag)
         table.optimize()
-        drop_old_versions(table)
+        drop_old_versions(table, library.config.index.uri)
         return checked_vectors(*given)
 
     monkeypatch.setattr(tasks.search, "checked_vectors", meanwhile)

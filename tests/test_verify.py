@@ -789,7 +789,7 @@ def test_what_is_tidied_away_while_it_is_looked_at_is_looked_at_again_later(
             ours.tags.delete(tag)
         ours.add(ours.to_arrow().slice(0, 1))
         ours.optimize()
-        drop_old_versions(ours)
+        drop_old_versions(ours, str(Path(ours.uri).parent))  # type: ignore[attr-defined]
         return read_located(table, columns)
 
     monkeypatch.setattr(f"tasks.{where}.read_located", meanwhile)
