@@ -161,7 +161,8 @@ def tidy(
     # Where vectors are few beside the texts, an early rewrite fits and a late one does not.
     last_chance = shape.waste > FLOOR and room < shape.live + 2 * shape.bytes_of(wrote)
     overdue = shape.waste > 2 * worth + FLOOR and len(shape.copies) == 1
-    fits = shape.live <= max(room, FLOOR)
+    # Beside the copy of readers and this one, the next publish may write another.
+    fits = 2 * shape.live <= max(room, FLOOR)
     if shape.live > floor and ((fits and (due or last_chance)) or overdue):
         rewrite(table, index, run_id)
         done.append(f"{shape.fragments:,} fragments written into one ({shape.live:,} bytes)")
