@@ -6,7 +6,6 @@ Answers are folded into the cache in groups as they come in, failures are kept f
 import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING
 
 from prefect import task, unmapped
 from prefect.cache_policies import NO_CACHE
@@ -24,14 +23,9 @@ from tasks.limiter import LimiterStatistics
 from tasks.notes import Refused
 from tasks.plan import Survey
 from tasks.progress import Progress, listening, tell
-from tasks.run import (
-    embedded_texts,
-)
+from tasks.run import embedded_texts
 from tasks.schemas import Batch
 from tasks.sender import Sender, Terms, sender_of
-
-if TYPE_CHECKING:
-    pass
 
 FOLD_TEXTS = 20_000
 """Answers are folded into the cache in groups of about so many vectors."""

@@ -26,7 +26,6 @@ from tasks.errors import EmbedOnceError, SettingsError
 from tasks.fill import Filled
 from tasks.index import adopt, held, vectors_of
 from tasks.journal import RunFolder, unfolded_answers
-from tasks.ledger import Ledger
 from tasks.limiter import LimiterStatistics
 from tasks.notes import About
 from tasks.params import Config, Overrides, TableSource, configured
@@ -35,14 +34,14 @@ from tasks.progress import Progress, listening, tell
 from tasks.publish import publish, tidy_published
 from tasks.read.frames import write_frame
 from tasks.recover import Recovered, recover
-from tasks.report import RunReport, ledger_row
+from tasks.report import RunReport
 from tasks.run import (
     Clock,
     about_run,
     ended_report,
+    enter,
     finished_report,
     record_death,
-    record_notes,
     settle_quarantine,
 )
 from tasks.sender import forget_sender
@@ -233,8 +232,4 @@ def _waits_logged() -> Iterator[None]:
 
 def _close(report: RunReport, folder: RunFolder) -> None:
     """Enter the run in the ledger, then show it."""
-    calls = folder.calls()
-    record_notes(folder, calls)
-    Ledger(folder.state_uri).record_run(ledger_row(report))
-    folder.forget_notes()
-    publish_report(report, calls)
+    publish_report(report, enter(report, folder))

@@ -13,6 +13,7 @@ import pyarrow as pa
 from tasks.cache import PREFIX, Cache, caches
 from tasks.errors import EmbedOnceError, IndexHeld
 from tasks.index import (
+    SCAN_ROWS,
     adopt,
     generations,
     held,
@@ -40,7 +41,6 @@ STATE_VERSIONS = 10
 """Versions of such a table that are not worth compacting it."""
 STATE_STAYS = timedelta(minutes=1)
 """Versions of such a table that are younger may be in use."""
-SCAN_ROWS = 8192
 
 
 @dataclass(frozen=True)

@@ -19,22 +19,20 @@ from tasks.findings import Finding, Repair, Verified
 from tasks.index import Identity, adopt, broken_tags, generations, held, open_index
 from tasks.journal import RunFolder, fold
 from tasks.keys import KeySet, first_of_each
-from tasks.ledger import Ledger
-from tasks.mending import Mending, bad_rows, mended, require_few_leave
+from tasks.mending import TAKEN_ROWS, Mending, bad_rows, mended, require_few_leave
 from tasks.notes import About
 from tasks.params import Config
 from tasks.publish import Published, publish, tidy_published
 from tasks.quarantine import Quarantine
 from tasks.recover import recover
-from tasks.report import Chunks, ledger_row
-from tasks.run import Clock, about_run, ended_report, record_death, record_notes
+from tasks.report import Chunks
+from tasks.run import Clock, about_run, ended_report, enter, record_death
 from tasks.schemas import vectors_schema
 from tasks.soundness import Fault
 from tasks.verify import Differences, Look, is_paid, look, state_findings, verified_of
 
 REPAIR = "repair"
 """How the ledger says that a generation came to be."""
-TAKEN_ROWS = 4096
 
 
 def repair(config: Config, sample: int | None = None) -> Verified:
@@ -199,6 +197,4 @@ def _record(
             ),
         }
     )
-    record_notes(folder, folder.calls())
-    Ledger(folder.state_uri).record_run(ledger_row(report))
-    folder.forget_notes()
+    enter(report, folder)

@@ -9,6 +9,7 @@ from lancedb.table import Table
 
 from tasks.errors import SettingsError
 from tasks.index import (
+    SCAN_ROWS,
     Generation,
     adopt,
     committing,
@@ -26,8 +27,6 @@ from tasks.report import Chunks, RunReport, ledger_row
 from tasks.run import Clock, about_run, ended_report
 from tasks.schemas import HASH
 from tasks.tidy import keep_newest
-
-SCAN_ROWS = 8192
 
 
 def rollback(config: Config, number: int | None = None) -> RunReport:

@@ -93,6 +93,15 @@ def record_notes(folder: RunFolder, calls: Sequence[Call]) -> None:
         Quarantine(folder.state_uri, space_id).add(refused.values(), folder.run_id, now)
 
 
+def enter(report: RunReport, folder: RunFolder) -> list[Call]:
+    """Enter a run that ended in the ledger, with what it wrote down; its calls."""
+    calls = folder.calls()
+    record_notes(folder, calls)
+    Ledger(folder.state_uri).record_run(ledger_row(report))
+    folder.forget_notes()
+    return calls
+
+
 def record_death(folder: RunFolder, calls: Sequence[Call]) -> None:
     """Enter a run that was killed in the ledger, with what it wrote down."""
     record_notes(folder, calls)

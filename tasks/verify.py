@@ -219,12 +219,16 @@ def look(config: Config, staging: Path, sample: int | None, folder: RunFolder | 
             seen.recall = recall(seen.rows, config)
     now = open_index(config.index)
     if table is not None and (now is None or now.version != table.version):
-        raise IndexHeld(
-            f"Another run changed the index {config.index.table!r} in {config.index.uri} while it "
-            "was looked at. Run again when it has ended."
-        )
+        raise _changed_meanwhile(config.index)
     _find(seen)
     return seen
+
+
+def _changed_meanwhile(index: Index) -> IndexHeld:
+    return IndexHeld(
+        f"Another run changed the index {index.table!r} in {index.uri} while it was looked at. "
+        "Run again when it has ended."
+    )
 
 
 def verified_of(seen: Look, usd: float, seconds: float) -> Verified:
@@ -301,10 +305,7 @@ def _differences(seen: Look, surveyed: Survey) -> Differences:
     rows = len(seen.rows) if seen.rows is not None else 0
     hashes = indexed.column("text_hash").combine_chunks()
     if len(hashes) != rows or (seen.rows is not None and not hashes.equals(seen.rows.hashes)):
-        raise IndexHeld(
-            f"Another run changed the index {seen.config.index.table!r} in "
-            f"{seen.config.index.uri} while it was looked at. Run again when it has ended."
-        )
+        raise _changed_meanwhile(seen.config.index)
     quarantine = Quarantine(seen.config.state.uri, surveyed.identity.space.id).hashes
     paid = seen.entries.holds(quarantine) | KeySet(seen.waiting).holds(quarantine)
     refused = KeySet(quarantine.filter(pa.array(~paid)))
