@@ -162,6 +162,16 @@ def overwrite_vector(table: Table, where: str, vector: Sequence[float]) -> None:
     table.update(where=where, values_sql={"vector": cast})
 
 
+def repeat_row(table: Table, where: str, id_: str | None = None) -> None:
+    """Write a row once more, under this id or its own; LanceDB would not take NaN as it is."""
+    row = table.search().where(where).limit(1).to_arrow().to_pylist()[0]
+    vector, row["vector"] = row["vector"], [0] * len(row["vector"])
+    if id_ is not None:
+        row["id"], where = id_, is_(id_)
+    table.add(pa.Table.from_pylist([row], table.schema))
+    overwrite_vector(table, where, vector)
+
+
 def found_in(seen: Verified) -> dict[str, int]:
     return {each.kind: each.count for each in seen.findings}
 
@@ -220,13 +230,12 @@ def age(at: Place, ids: list[str]) -> None:
 
 def stray(at: Place, ids: list[str]) -> None:
     for id_ in ids:
-        row = at.row(id_)
-        at.table().add(row.set_column(0, row.schema.field("id"), pa.array([f"stray {id_}"])))
+        repeat_row(at.table(), is_(id_), f"stray {id_}")
 
 
 def repeat(at: Place, ids: list[str]) -> None:
     for id_ in ids:
-        at.table().add(at.row(id_))
+        repeat_row(at.table(), is_(id_))
 
 
 def rewrite(at: Place, ids: list[str]) -> None:
@@ -252,7 +261,7 @@ def spoil_entry(kind: str) -> Callable[[Place, list[str]], None]:
 
 def repeat_entry(at: Place, ids: list[str]) -> None:
     for id_ in ids:
-        at.cache().add(at.cache().search().where(has(at.hash_of(id_))).to_arrow())
+        repeat_row(at.cache(), has(at.hash_of(id_)))
 
 
 HARMS: dict[str, Callable[[Place, list[str]], None]] = {
