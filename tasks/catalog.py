@@ -18,6 +18,9 @@ from tasks.params import Embedding, LimitSettings, Settings
 _INSTALLED = Path(__file__).parent / "configs" / "models.yaml"
 _CHECKOUT = Path(__file__).parents[1] / "configs" / "models.yaml"
 
+ANY_MODEL = ("openai",)
+"""Providers that serve models no catalog can list."""
+
 STORABLE = ("float", "ubinary")
 """What the index can hold: float for cosine, l2 and dot, packed bits for hamming."""
 
@@ -39,7 +42,7 @@ FREE_TRIAL = Tier(requests_per_minute=3, tokens_per_minute=10_000)
 class ModelFacts(Settings):
     """One model of one provider; every number has the source and date below it."""
 
-    provider: Literal["lexical", "voyage"]
+    provider: Literal["lexical", "voyage", "openai"]
     name: str
     status: Literal["active", "legacy"]
     context_tokens: int | None = Field(ge=1, description="Longest text; null is any.")
@@ -142,9 +145,17 @@ def facts_for(embedding: Embedding) -> ModelFacts:
         SettingsError: No such model, a model of another provider, or a dimension that the
             model does not offer.
     """
+    facts = _catalogued(embedding)
+    _check_dimension(embedding.dimension, facts)
+    _check_dtype(embedding.output_dtype, facts)
+    _check_unused(embedding)
+    return facts
+
+
+def _catalogued(embedding: Embedding) -> ModelFacts:
     provider = embedding.provider
     own = [facts for facts in catalog().values() if facts.provider == provider]
-    if embedding.model is None and len(own) > 1:
+    if embedding.model is None and (len(own) > 1 or provider in ANY_MODEL):
         current = [facts.name for facts in own if facts.status == "active"]
         raise SettingsError(
             f"embedding.model: missing. Provider {provider!r} has several models; "
@@ -154,6 +165,8 @@ def facts_for(embedding: Embedding) -> ModelFacts:
     name = own[0].name if embedding.model is None else embedding.model
     facts = catalog().get(name)
     names = [facts.name for facts in own]
+    if facts not in own and provider in ANY_MODEL:
+        return _uncatalogued(embedding, name)
     if facts is None:
         raise SettingsError(
             f"embedding.model: {name!r} is unknown.{_did_you_mean(name, names)} "
@@ -167,10 +180,35 @@ def facts_for(embedding: Embedding) -> ModelFacts:
             f"embedding.model to one of {_listed(names)}.",
             models=names,
         )
-    _check_dimension(embedding.dimension, facts)
-    _check_dtype(embedding.output_dtype, facts)
-    _check_unused(embedding)
     return facts
+
+
+def _uncatalogued(embedding: Embedding, name: str) -> ModelFacts:
+    """What a config says of a model that nobody else says anything about; it has no price here."""
+    if embedding.dimension is None:
+        raise SettingsError(
+            f"embedding.dimension: missing. Nothing is known here about the model {name!r}; say "
+            "how many numbers its vectors have."
+        )
+    return ModelFacts.model_validate(
+        {
+            "provider": embedding.provider,
+            "name": name,
+            "status": "active",
+            "context_tokens": None,
+            "dimensions": [embedding.dimension],
+            "output_dtypes": ["float"],
+            "unit_vectors": False,
+            "usd_per_million_tokens": 0.0,
+            "free_tokens": 0,
+            "batch_lane": False,
+            "texts_per_request": 256,
+            "tokens_per_request": 32_000,
+            "tiers": None,
+            "source": "the config",
+            "date": date(1970, 1, 1),
+        }
+    )
 
 
 def dimension_of(embedding: Embedding) -> int:

@@ -79,7 +79,7 @@ Source = Annotated[FilesSource | TableSource, Field(discriminator="kind")]
 class Embedding(Settings):
     """Who embeds, and how long the vectors are."""
 
-    provider: Literal["lexical", "voyage"]
+    provider: Literal["lexical", "voyage", "openai"]
     model: str | None = Field(default=None, description="Name in configs/models.yaml.")
     dimension: int | None = Field(default=None, ge=1, description="null: the model's default.")
     output_dtype: str = Field(default="float", description="float, or ubinary: a bit a number.")
