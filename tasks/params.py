@@ -6,7 +6,7 @@ working directory never matters.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -149,11 +149,9 @@ class State(Settings):
     uri: StoragePath = Field(description="Folder or s3:// address; several indexes may share it.")
 
 
-class Config(Settings):
-    """One index and all that fills it."""
+class Engine(Settings):
+    """Who embeds, how fast, and where what was paid for is kept."""
 
-    name: str = Field(min_length=1, max_length=80, description="For people, in reports.")
-    source: Source
     embedding: Embedding
     limits: LimitSettings = LimitSettings()
     on_error: Literal["quarantine", "fail_fast", "collect"] = Field(
@@ -161,8 +159,15 @@ class Config(Settings):
         description="What becomes of a text that the provider refuses: quarantine keeps it from "
         "being sent again, collect only reports it, fail_fast ends the run.",
     )
-    index: Index
     state: State
+
+
+class Config(Engine):
+    """One index and all that fills it."""
+
+    name: str = Field(min_length=1, max_length=80, description="For people, in reports.")
+    source: Source
+    index: Index
 
     @model_validator(mode="after")
     def _metric_fits_the_vectors(self) -> Self:
@@ -244,6 +249,22 @@ def load_config(path: str | Path, settings: Sequence[str] = ()) -> Config:
         raise SettingsError(_explain(error, file), file=str(file)) from None
 
 
+def engine_of(config: Engine | Mapping[str, Any] | str | Path) -> Engine:
+    """What a `BatchEmbedder` needs, from a config file or from values as they stand in one.
+
+    Raises:
+        SettingsError: As in `load_config`.
+    """
+    if isinstance(config, Engine):
+        return config
+    if isinstance(config, str | Path):
+        return load_config(config)
+    try:
+        return Engine.model_validate(dict(config))
+    except ValidationError as error:
+        raise SettingsError(_explain(error, "What was given")) from None
+
+
 def configured(path: str | Path, overrides: Overrides) -> Config:
     """The config at `path` with what this run does otherwise; errors as in `load_config`."""
     settings = list(overrides.settings)
@@ -313,10 +334,10 @@ def lay_over(values: dict[str, Any], setting: str) -> None:
     values[keys[-1]] = value
 
 
-def _explain(error: ValidationError, file: Path) -> str:
+def _explain(error: ValidationError, what: str | Path) -> str:
     """All that is wrong with the config, a line each, in words."""
     lines = [f"  {_explain_one(dict(problem))}" for problem in error.errors(include_url=False)]
-    return "\n".join([f"{file} is not a valid config:", *lines])
+    return "\n".join([f"{what} is not a valid config:", *lines])
 
 
 def _explain_one(problem: dict[str, Any]) -> str:

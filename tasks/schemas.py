@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from tasks.errors import StorageFailed
@@ -250,3 +251,11 @@ class Batch:
     number: int
     table: TableRef
     tokens: int
+
+    @classmethod
+    def write(cls, number: int, folder: Path, rows: Iterable[pa.RecordBatch]) -> "Batch":
+        """The batch of these BATCH `rows`, in a file of `folder`."""
+        parts = list(rows)
+        table = TableRef.write(folder / f"batch-{number:08d}.arrow", BATCH, parts)
+        tokens = sum(int(np.sum(part.column("tokens").to_numpy())) for part in parts)
+        return cls(number, table, tokens)

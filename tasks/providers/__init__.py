@@ -40,6 +40,11 @@ class Space:
         return pa.list_(pa.float32(), self.dimension)
 
     @property
+    def vector_bytes(self) -> int:
+        """Bytes of one vector."""
+        return self.dimension // 8 if self.dtype == "ubinary" else 4 * self.dimension
+
+    @property
     def id(self) -> str:
         """Short stable name, fit for a table or a file."""
         digest = hashlib.blake2b(self.to_json().encode(), digest_size=6).hexdigest()

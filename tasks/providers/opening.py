@@ -3,14 +3,14 @@
 from tasks.catalog import dimension_of, facts_for, limits_for
 from tasks.errors import SettingsError
 from tasks.limits import Estimator
-from tasks.params import Config
+from tasks.params import Engine
 from tasks.providers import Provider
 from tasks.providers.lexical import Lexical
 from tasks.providers.voyage import Voyage, require_key
 from tasks.tokens import TokenizerEstimate, load
 
 
-def open_provider(config: Config) -> Provider:
+def open_provider(config: Engine) -> Provider:
     """The provider, for planning at least.
 
     Raises:
@@ -39,7 +39,7 @@ def open_provider(config: Config) -> Provider:
     )
 
 
-def open_embedder(config: Config) -> Provider:
+def open_embedder(config: Engine) -> Provider:
     """The provider, for embedding.
 
     Raises:
