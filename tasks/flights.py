@@ -105,7 +105,8 @@ class Flights:
         self._concurrency = terms.provider.limits.concurrency
         self._memory_bytes = memory_bytes
         self._vector_bytes = terms.provider.space.vector_bytes
-        self._pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="embed")
+        # The limiter bounds the calls; while one thread takes in an answer, another one sends.
+        self._pool = ThreadPoolExecutor(2 * self._concurrency, thread_name_prefix="embed")
         self._numbers = itertools.count(1)
         self._lock = threading.RLock()
         self._flying: dict[bytes, Flight] = {}

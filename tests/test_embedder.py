@@ -18,6 +18,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from tasks.embedder import BatchEmbedder
 from tasks.embeddings import Embeddings, StreamProgress
@@ -178,6 +179,29 @@ def test_the_result_is_arrow_and_pandas_without_a_copy_of_its_numbers(tmp_path: 
     assert table.column("cached").to_pylist() == [True, False]
     assert table.column("error").to_pylist()[1].startswith("This text is blank")
     assert pa.types.is_fixed_size_list(table.schema.field("vector").type)
+
+
+@pytest.mark.parametrize(
+    ("count", "calls"), [(1, 1), (10, 1), (25, 1), (100, 1), (999, 1), (1000, 1), (2500, 3)]
+)
+def test_texts_go_out_in_as_few_calls_as_the_provider_takes(
+    values: Values, simulator: Simulator, count: int, calls: int
+) -> None:
+    simulator.change(vectors="fast")
+    with BatchEmbedder(values()) as embedder:
+        assert embedder.submit(texts(count)).result().errors == {}
+    assert len(billed(simulator)) == calls
+    assert (sum(billed(simulator)), max(billed(simulator)) <= 1000) == (count, True)
+
+
+def test_texts_and_vectors_can_be_kept_as_parquet(tmp_path: Path, lexical: Lexical) -> None:
+    many, file = texts(1000), tmp_path / "vectors.parquet"
+    with BatchEmbedder(local(tmp_path / "state")) as embedder:
+        parquet.write_table(embedder.embed_batch(many).to_arrow(), file)
+    table = parquet.read_table(file)
+    assert table.column("text").to_pylist() == many
+    assert table.column("text_hash").to_pylist() == [text_hash(text) for text in many]
+    assert np.array_equal(np.stack(table.to_pandas()["vector"]), expected(many, lexical))
 
 
 def test_bits_come_as_bytes(values: Values) -> None:
