@@ -73,15 +73,17 @@ class Lexical:
     Attributes:
         dimension: Length of each vector; longer ones mix up fewer words.
         limits: What may be asked of it; it runs in this process and needs none a minute.
+        recipe: `Space.preparation`: how a text is prepared and becomes a vector.
     """
 
     dimension: int
     limits: Limits
+    recipe: str = RECIPE
 
     @property
     def space(self) -> Space:
         """Where its vectors live: one space for each dimension and recipe."""
-        return Space("lexical", "lexical", self.dimension, preparation=RECIPE)
+        return Space("lexical", "lexical", self.dimension, preparation=self.recipe)
 
     @property
     def least(self) -> Learned:

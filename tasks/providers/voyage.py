@@ -49,6 +49,7 @@ class Voyage:
         api_key_block: Name of the Prefect Secret block with the key; None is VOYAGE_API_KEY.
         estimate: What guesses tokens before a call.
         deadline_s: Seconds for one whole call, from its first byte to its last.
+        recipe: `Space.preparation`: how a text is prepared before it is sent.
     """
 
     model: str
@@ -60,6 +61,7 @@ class Voyage:
     api_key_block: str | None = None
     estimate: Estimator = Estimate()  # noqa: RUF009 - a frozen value
     deadline_s: float = 120.0
+    recipe: str = Space.preparation
 
     @property
     def least(self) -> Learned:
@@ -81,6 +83,7 @@ class Voyage:
             dtype=self.dtype,
             input_type=self.input_type,
             truncation=False,
+            preparation=self.recipe,
         )
 
     def for_queries(self) -> "Voyage":
