@@ -26,7 +26,7 @@ from tasks.errors import SettingsError
 RECIPE = "prepend-1"
 """Names how the text is built; a change of anything below needs another one."""
 
-_COMBINED = re.compile(r"(?P<own>.*)\+prepend-\d+\((?P<names>.*)\)", re.DOTALL)
+_COMBINED = re.compile(r"(?P<own>.*?)\+prepend-\d+\((?P<names>.*)\)", re.DOTALL)
 
 
 @dataclass(frozen=True)
