@@ -37,7 +37,7 @@ from tasks.read.tables import TableReader
 from tasks.report import Chunks, Cost, Part, Saved, Texts
 from tasks.schemas import CHANGES, DELETIONS, HASH, TableRef, metadata_fields
 from tasks.storage import is_local, storage_at
-from tasks.summary import Row, chunk_rows, cost_text, skipped_rows
+from tasks.summary import Row, chunk_rows, cost_text, prepend_rows, skipped_rows
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         ("source", plan.source),
         ("index", plan.index),
         ("space", plan.space),
-        *_prepend_rows(plan.prepend),
+        *prepend_rows(plan.prepend),
         ("documents", f"{plan.documents:,}"),
         *chunk_rows(plan.chunks),
         ("duplicate texts", f"{plan.chunks.duplicate:,}"),
@@ -345,14 +345,6 @@ def plan_rows(plan: Plan) -> list[Row]:
     if plan.bound_by:
         rows.append(("time at limits", f"{plan.seconds_at_limits:.1f} s, by {plan.bound_by}"))
     return rows + skipped_rows(plan.skipped, plan.examples)
-
-
-def _prepend_rows(names: Sequence[str]) -> list[Row]:
-    """Why a text counts as another one although it reads as before."""
-    if not names:
-        return []
-    what = "a rename" if "document" in names else "another value"
-    return [("in front of texts", f"{', '.join(names)} ({what} makes a new text)")]
 
 
 def index_name(config: Config) -> str:

@@ -44,7 +44,6 @@ from tasks.judge import FREE_SAMPLE, Asking, judge
 from tasks.keys import KeySet, digest_column, document_key, first_of_each, identified
 from tasks.params import Config, Index, Overrides
 from tasks.plan import Survey, index_name, survey
-from tasks.prepare import Preparation
 from tasks.providers import Space
 from tasks.providers.opening import open_embedder, open_provider
 from tasks.quarantine import Quarantine
@@ -205,8 +204,7 @@ def look(config: Config, staging: Path, sample: int | None, folder: RunFolder | 
     whole = table is None or not _misfits(seen, table, provider.space)
     if table is not None and whole:
         with reading_index(table):
-            preparation = Preparation(config.embedding.prepend)
-            seen.rows = Rows.of(table, provider.space, entries, preparation)
+            seen.rows = Rows.of(table, provider.space, entries, provider.preparation)
     if whole:
         seen.differences = _differences(seen, survey(config, Overrides(), staging))
     if seen.rows is not None:

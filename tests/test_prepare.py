@@ -497,3 +497,16 @@ def test_a_column_in_front_that_was_dropped_by_hand_is_found_and_comes_back(
     assert reindex(config).sent == []
     assert [row["title"] for row in rows_of(config)] == ["Guide", "Guide > Install"]
     assert verify(config).clean
+
+
+def test_a_row_that_is_missing_is_named_and_comes_back_for_free(
+    folder: Folder, reindex: Reindex
+) -> None:
+    folder.write(a=GUIDE)
+    config = folder.config("document", "title")
+    reindex(config)
+    index_of(config).delete("text LIKE '%Beta%'")
+    (found,) = verify(config).findings
+    assert (found.kind, found.examples) == ("missing", ("a.md:5-7",))
+    assert repair(config).clean
+    assert reindex(config).sent == []

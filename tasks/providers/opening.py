@@ -19,8 +19,7 @@ def open_provider(config: Config) -> Provider:
     Raises:
         SettingsError: Provider, model, dimension and limits do not fit together.
     """
-    provider, preparation = _opened(config), Preparation(config.embedding.prepend)
-    return replace(provider, recipe=preparation.recipe(provider.recipe))
+    return replace(_opened(config), preparation=Preparation(config.embedding.prepend))
 
 
 def _opened(config: Config) -> Lexical | Voyage:
