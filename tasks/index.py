@@ -126,7 +126,7 @@ def differences(theirs: Space, ours: Space) -> str:
     our_recipe, our_names = taken_apart(ours.preparation)
     told = []
     if names != our_names:
-        stands, wanted = (", ".join(each) or "nothing" for each in (names, our_names))
+        stands, wanted = (" and ".join(each) or "nothing" for each in (names, our_names))
         told.append(f"in front of its texts stands {stands}, embedding.prepend asks for {wanted}")
     if theirs.input_type != ours.input_type:
         told.append(f"its input_type is {theirs.input_type}, the config's is {ours.input_type}")

@@ -415,7 +415,7 @@ def test_another_choice_is_refused_in_words_with_the_way_out(
     config = config_of(tmp_path, source, "title")
     reindex(config)
     before = rows_of(config)
-    for names, stands in ((), "nothing"), (("year", "title"), "year, title"):
+    for names, stands in ((), "nothing"), (("year", "title"), "year and title"):
         other = config_of(tmp_path, source, *names)
         said = f"in front of its texts stands title, embedding.prepend asks for {stands}"
         for refused in (reindex, lambda it: make_plan(it, Overrides()), lambda it: search(it, "x")):
