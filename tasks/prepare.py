@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tasks.errors import SettingsError
 
@@ -75,18 +76,14 @@ class Preparation:
     def texts(self, rows: pa.RecordBatch | pa.Table) -> pa.Array:
         """The text that is sent for each of `rows`, which have `text` and the columns in front."""
         own = rows.column("text")
+        if isinstance(own, pa.ChunkedArray):
+            own = own.combine_chunks()
         if not self.names:
-            return own.combine_chunks() if isinstance(own, pa.ChunkedArray) else own
-        columns = [[_said(value) for value in rows.column(name).to_pylist()] for name in self.names]
-        sent = []
-        for text, *values in zip(own.to_pylist(), *columns, strict=True):
-            lines = [
-                f"{name}: {value}\n"
-                for name, value in zip(self.names, values, strict=True)
-                if value
-            ]
-            sent.append("".join([*lines, "\n", text]) if lines else text)
-        return pa.array(sent, pa.utf8())
+            return own
+        columns = [_lines(name, rows.column(name)) for name in self.names]
+        heads = ["".join(lines) for lines in zip(*columns, strict=True)]
+        heads = [f"{head}\n" if head else "" for head in heads]
+        return pc.binary_join_element_wise(pa.array(heads, own.type), own, "")
 
 
 PLAIN = Preparation()
@@ -97,6 +94,12 @@ def taken_apart(recipe: str) -> tuple[str, tuple[str, ...]]:
     """The provider's own part of a `Space.preparation`, and what stands in front of its texts."""
     found = _COMBINED.fullmatch(recipe)
     return (found["own"], tuple(found["names"].split(","))) if found else (recipe, ())
+
+
+def _lines(name: str, column: pa.Array | pa.ChunkedArray) -> list[str]:
+    """The line of each value; "" where it says nothing."""
+    said = map(_said, column.to_pylist())
+    return [f"{name}: {value}\n" if value else "" for value in said]
 
 
 def _said(value: Any) -> str:
