@@ -279,6 +279,8 @@ def test_without_a_title_in_front_files_have_no_such_column(
     plain = folder.config(table="plain")
     reindex(plain)
     assert make_plan(plain, Overrides()).prepend == ()
+    titled = plan_rows(make_plan(folder.config("title", table="titled"), Overrides()))
+    assert ("in front of texts", "title (another value makes a new text)") in titled
     assert not [row for row in plan_rows(make_plan(plain, Overrides())) if "front" in row[0]]
 
 
