@@ -138,8 +138,7 @@ class BatchEmbedder:
         Raises:
             SettingsError: There is nothing at the path.
         """
-        run = self._opened()
-        return Stream(source, run.submit_window, run.window_full, progress)
+        return self._opened().stream(source, progress)
 
     def cancel(self) -> None:
         """Send nothing more. What waits is given back as cancelled, answers in flight are kept.
@@ -205,10 +204,14 @@ class _Open:
         self._tally.add(found)
         return found
 
-    def submit_window(self, texts: Sequence[str | None]) -> "Future[Embeddings]":
+    def stream(self, source: Source, progress: Callable[[StreamProgress], None] | None) -> Stream:
+        preparation = self._provider.preparation
+        return Stream(source, self._submit_window, self._window_full, preparation, progress)
+
+    def _submit_window(self, texts: Sequence[str | None]) -> "Future[Embeddings]":
         return self.callers.submit(self.embed, texts)
 
-    def window_full(self, texts: int, characters: int) -> bool:
+    def _window_full(self, texts: int, characters: int) -> bool:
         """Whether so many texts of a stream are enough for two such windows to fill all slots."""
         most = self._flights.most_texts(texts, characters)
         return texts >= most * max(2, self._about.concurrency // 2)

@@ -196,7 +196,7 @@ class Filling:
         chunks = self._reader.chunks(
             ReadNotes(), wanted=lambda document: document_key(document) in documents
         )
-        for rows in identified(chunks, self._reader.metadata):
+        for rows in identified(chunks, self._reader.metadata, self._reader.preparation):
             keys = digest_column(rows.column("id"))
             at = self._keys.positions(keys)
             once = np.zeros(len(at), dtype=bool)
@@ -221,12 +221,13 @@ class Filling:
         if not len(take):
             return
         self._sent[at[take]] = True
-        texts = rows.take(pa.array(take))
-        tokens = self._sizes.counts(texts.column("text").to_pylist())
+        missing = rows.take(pa.array(take))
+        texts = self._reader.preparation.texts(missing)
+        tokens = self._sizes.counts(texts.to_pylist())
         self._packer.limits = self._sizes.request_limits()
         numbers = np.array([self._packer.place(int(count)) for count in tokens])
         table = pa.record_batch(
-            [texts.column("text_hash"), texts.column("text"), pa.array(tokens, pa.int32())],
+            [missing.column("text_hash"), texts, pa.array(tokens, pa.int32())],
             schema=BATCH,
         )
         starts = np.flatnonzero(np.diff(numbers, prepend=-1))

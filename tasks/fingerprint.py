@@ -11,6 +11,7 @@ import pyarrow as pa
 from tasks.errors import CorpusError
 from tasks.keys import digest, first_of_each, identified, key_columns
 from tasks.limits import Estimator
+from tasks.prepare import Preparation
 from tasks.read import Reader, ReadNotes
 from tasks.schemas import KEYED, TableRef
 from tasks.stage import stage
@@ -48,16 +49,17 @@ def fingerprint(reader: Reader, estimate: Estimator, target: Path) -> Keyed:
     started = time.perf_counter()
     notes = ReadNotes()
     reading = _Timed(reader.chunks(notes))
-    rows = identified(reading, reader.metadata)
-    table = TableRef.write(target, KEYED, (_keys(batch, estimate) for batch in rows))
+    rows = identified(reading, reader.metadata, reader.preparation)
+    keys = (_keys(batch, reader.preparation, estimate) for batch in rows)
+    table = TableRef.write(target, KEYED, keys)
     _refuse_repeated(table, reader)
     total = time.perf_counter() - started
     return Keyed(table, notes, read_s=reading.seconds, fingerprint_s=total - reading.seconds)
 
 
-def _keys(rows: pa.RecordBatch, estimate: Estimator) -> pa.RecordBatch:
+def _keys(rows: pa.RecordBatch, preparation: Preparation, estimate: Estimator) -> pa.RecordBatch:
     """KEYED for `rows`."""
-    tokens = estimate.counts(rows.column("text").to_pylist())
+    tokens = estimate.counts(preparation.texts(rows).to_pylist())
     columns = {
         **key_columns(rows),
         "tokens": pa.array(tokens, pa.int32()),
@@ -75,7 +77,7 @@ def _refuse_repeated(table: TableRef, reader: Reader) -> None:
     again = np.setdiff1d(np.arange(len(keys)), first)
     repeated = set(keys.take(pa.array(again)).to_pylist())
     names: list[str] = []
-    for batch in identified(reader.chunks(ReadNotes()), reader.metadata):
+    for batch in identified(reader.chunks(ReadNotes()), reader.metadata, reader.preparation):
         for id_ in batch.column("id").to_pylist():
             if digest(id_.encode()) in repeated and id_ not in names:
                 names.append(id_)

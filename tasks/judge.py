@@ -74,15 +74,16 @@ def judge(rows: Rows, entries: Entries, asking: Asking) -> int:
     if asking.free:
         every = np.unique(np.concatenate([doubtful, sampled[: asking.sample]]))
         for at in _parts(every):
-            texts = rows.take(at, ["text"]).column("text").to_pylist()
-            _settle(rows, entries, at, _embedded(texts, asking.provider))
+            _settle(rows, entries, at, _embedded(rows.texts(at).to_pylist(), asking.provider))
             asked += len(at)
         return asked
     if asking.sample and asking.folder is not None:
         unlike = doubtful[rows.unlike[doubtful]]
         order = np.concatenate([unlike, sampled, doubtful])
         order = order[first_of_each(rows.hashes.take(pa.array(order)))][: asking.sample]
-        answers = _paid(rows.take(order, ["text_hash", "text"]), asking, asking.folder)
+        asked_for = [rows.hashes.take(pa.array(order)), rows.texts(order)]
+        texts = pa.Table.from_arrays(asked_for, names=["text_hash", "text"])
+        answers = _paid(texts, asking, asking.folder)
         asked = answers.num_rows
         known = KeySet(answers.column("text_hash"))
         judged = np.flatnonzero(known.holds(rows.hashes) & ~rows.bad_hash)

@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -95,6 +96,25 @@ class Embedding(Settings):
     tokenizer: LocalPath | None = Field(
         default=None, description="The model's tokenizer.json; null: estimated, then learned."
     )
+    prepend: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="Columns that stand in front of each text when it is embedded: document, for "
+        "files title, for tables any that is kept. Another choice is another space.",
+    )
+
+    @field_validator("prepend")
+    @classmethod
+    def _each_name_reads_as_one(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not name.strip() or {",", ":"} & set(name) or len(name.splitlines()) > 1:
+                raise ValueError(
+                    f"{name!r} cannot stand in front of a text: a name may not be blank or hold a "
+                    "comma, a colon or a line break; rename the column"
+                )
+        if len(set(names)) < len(names):
+            raise ValueError(f"a column stands there twice: {', '.join(names)}")
+        return names
 
 
 class LimitSettings(Settings):

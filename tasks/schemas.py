@@ -43,7 +43,7 @@ KEYED = pa.schema(
 """One row a chunk of the corpus, fixed width: all that is held of the whole corpus.
 
 `key` hashes the id, `document_key` the document (zeros where there is none), `text_hash`
-the exact text, `row_hash` the document and metadata; `tokens` is the estimate.
+the exact text that is sent, `row_hash` the document and metadata; `tokens` is its estimate.
 """
 
 INDEXED = pa.schema(

@@ -11,6 +11,7 @@ from pathlib import Path
 from tasks.embeddings import Embeddings, StreamProgress
 from tasks.errors import SettingsError
 from tasks.params import FilesSource
+from tasks.prepare import Preparation
 from tasks.read import ReadNotes
 from tasks.read.files import FilesReader
 
@@ -48,6 +49,7 @@ class Stream:
         source: The texts.
         submit: Embeds a window.
         full: Whether a window of so many texts with so many characters is large enough.
+        preparation: What stands in front of the texts of a folder's chunks.
         progress: Is told how far it is, after each part.
     """
 
@@ -56,10 +58,11 @@ class Stream:
         source: Source,
         submit: Callable[[Window], "Future[Embeddings]"],
         full: Callable[[int, int], bool],
+        preparation: Preparation,
         progress: Callable[[StreamProgress], None] | None,
     ) -> None:
         self.notes = ReadNotes()
-        self._texts, self._total = _texts_of(source, self.notes)
+        self._texts, self._total = _texts_of(source, preparation, self.notes)
         self._submit, self._full = submit, full
         self._progress = progress
 
@@ -116,13 +119,15 @@ class Stream:
             yield window
 
 
-def _texts_of(source: Source, notes: ReadNotes) -> tuple[Iterator[str | None], int | None]:
+def _texts_of(
+    source: Source, preparation: Preparation, notes: ReadNotes
+) -> tuple[Iterator[str | None], int | None]:
     """The texts, and how many there are, where that is known before they are read."""
     if not isinstance(source, str | Path):
         return iter(source), len(source) if isinstance(source, Sized) else None
     path = Path(source).expanduser()
     if path.is_dir():
-        return _chunks(path, notes), None
+        return _chunks(path, preparation, notes), None
     try:
         with path.open("rb") as file:
             total = sum(1 for _ in file)
@@ -141,8 +146,8 @@ def _lines(path: Path) -> Iterator[str | None]:
                 yield None
 
 
-def _chunks(folder: Path, notes: ReadNotes) -> Iterator[str | None]:
-    """The texts of the chunks of all documents in a folder."""
+def _chunks(folder: Path, preparation: Preparation, notes: ReadNotes) -> Iterator[str | None]:
+    """The texts of the chunks of all documents in a folder, as they are sent."""
     source = FilesSource.model_validate({"kind": "files", "path": str(folder)})
-    for batch in FilesReader(source).chunks(notes):
-        yield from batch.column("text").to_pylist()
+    for batch in FilesReader(source, preparation=preparation).chunks(notes):
+        yield from preparation.texts(batch).to_pylist()

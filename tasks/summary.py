@@ -105,6 +105,14 @@ def sending_rows(report: RunReport) -> list[Row]:
     return rows
 
 
+def prepend_rows(names: Sequence[str]) -> list[Row]:
+    """What stands in front of texts: why one counts as another that reads as before."""
+    if not names:
+        return []
+    what = "a rename" if "document" in names else "another value"
+    return [("in front of texts", f"{', '.join(names)} ({what} makes a new text)")]
+
+
 def skipped_rows(skipped: dict[str, int], examples: dict[str, list[str]]) -> list[Row]:
     """What was left out, as label and value."""
     rows = []

@@ -518,6 +518,23 @@ def test_a_folder_is_the_chunks_of_its_documents(tmp_path: Path) -> None:
     assert sum(stream.notes.skipped.values()) == 1
 
 
+def test_the_chunks_of_a_folder_get_what_stands_in_front_of_texts(
+    tmp_path: Path, lexical: Lexical
+) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "b.md").write_text("# Foxes\n\nTwo of them.\n")
+    made = local(tmp_path / "state")
+    made["embedding"] |= {"prepend": ["document", "title"]}
+    with BatchEmbedder(made) as embedder:
+        (part,) = embedder.stream(folder)
+        given = embedder.embed("Two of them.")
+    (text,) = part.found.texts
+    assert str(text).startswith("document: b.md\ntitle: Foxes\n\n# Foxes")
+    assert np.array_equal(part.found.vectors, expected([str(text)], lexical))
+    assert np.array_equal(given, expected(["Two of them."], lexical)[0])  # as it was given
+
+
 def test_a_path_where_nothing_is_is_told(tmp_path: Path) -> None:
     with (
         BatchEmbedder(local(tmp_path)) as embedder,

@@ -46,6 +46,7 @@ from tasks.limits import Learned, Limits
 from tasks.notes import Call
 from tasks.params import Config, Overrides, load_config
 from tasks.plan import make_plan, survey
+from tasks.prepare import PLAIN, Preparation
 from tasks.providers import Answer, Space
 from tasks.providers.lexical import Lexical
 
@@ -327,6 +328,7 @@ class Scripted:
 
     folder: Path
     limits: Limits = TWO_TEXTS
+    preparation: Preparation = PLAIN
     dimension: int = 64
     unit_vectors: bool = True
     least: Learned = Learned()  # noqa: RUF009

@@ -1,9 +1,12 @@
 """Which provider a config asks for."""
 
+from dataclasses import replace
+
 from tasks.catalog import dimension_of, facts_for, limits_for
 from tasks.errors import SettingsError
 from tasks.limits import Estimator
 from tasks.params import Engine
+from tasks.prepare import Preparation
 from tasks.providers import Provider
 from tasks.providers.lexical import Lexical
 from tasks.providers.voyage import Voyage, require_key
@@ -11,11 +14,15 @@ from tasks.tokens import TokenizerEstimate, load
 
 
 def open_provider(config: Engine) -> Provider:
-    """The provider, for planning at least.
+    """The provider, for planning at least; its space knows what stands in front of texts.
 
     Raises:
         SettingsError: Provider, model, dimension and limits do not fit together.
     """
+    return replace(_opened(config), preparation=Preparation(config.embedding.prepend))
+
+
+def _opened(config: Engine) -> Lexical | Voyage:
     embedding = config.embedding
     facts = facts_for(embedding)
     dimension = dimension_of(embedding)

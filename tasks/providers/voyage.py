@@ -20,6 +20,7 @@ from pydantic import SecretStr
 from tasks.catalog import FREE_TRIAL, catalog
 from tasks.errors import AnswerRejected, ProviderBusy, ProviderDenied, SettingsError
 from tasks.limits import Estimator, Learned, Limits
+from tasks.prepare import PLAIN, Preparation
 from tasks.providers import Answer, Provider, Space
 from tasks.tokens import Estimate
 
@@ -49,6 +50,7 @@ class Voyage:
         api_key_block: Name of the Prefect Secret block with the key; None is VOYAGE_API_KEY.
         estimate: What guesses tokens before a call.
         deadline_s: Seconds for one whole call, from its first byte to its last.
+        preparation: What stands in front of the texts of its space.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Voyage:
     api_key_block: str | None = None
     estimate: Estimator = Estimate()  # noqa: RUF009 - a frozen value
     deadline_s: float = 120.0
+    preparation: Preparation = PLAIN
 
     @property
     def least(self) -> Learned:
@@ -81,6 +84,7 @@ class Voyage:
             dtype=self.dtype,
             input_type=self.input_type,
             truncation=False,
+            preparation=self.preparation.recipe(Space.preparation),
         )
 
     def for_queries(self) -> "Voyage":
