@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tasks.errors import CorpusError
 from tasks.keys import digest, first_of_each, identified, key_columns
@@ -24,12 +25,14 @@ class Keyed:
     Attributes:
         table: KEYED, one row a chunk in corpus order.
         notes: What the reader left out.
+        text_bytes: UTF-8 bytes of the texts of all chunks.
         read_s: Seconds spent reading and splitting.
         fingerprint_s: Seconds spent hashing.
     """
 
     table: TableRef
     notes: ReadNotes = field(repr=False)
+    text_bytes: int
     read_s: float
     fingerprint_s: float
 
@@ -54,7 +57,13 @@ def fingerprint(reader: Reader, estimate: Estimator, target: Path) -> Keyed:
     table = TableRef.write(target, KEYED, keys)
     _refuse_repeated(table, reader)
     total = time.perf_counter() - started
-    return Keyed(table, notes, read_s=reading.seconds, fingerprint_s=total - reading.seconds)
+    return Keyed(
+        table,
+        notes,
+        text_bytes=reading.text_bytes,
+        read_s=reading.seconds,
+        fingerprint_s=total - reading.seconds,
+    )
 
 
 def _keys(rows: pa.RecordBatch, preparation: Preparation, estimate: Estimator) -> pa.RecordBatch:
@@ -91,15 +100,18 @@ def _refuse_repeated(table: TableRef, reader: Reader) -> None:
 
 
 class _Timed(Iterator[pa.RecordBatch]):
-    """An iterator that knows how long it was waited for, in seconds."""
+    """An iterator that knows how long it was waited for, in seconds, and how much text it gave."""
 
     def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
         self._batches = batches
         self.seconds = 0.0
+        self.text_bytes = 0
 
     def __next__(self) -> pa.RecordBatch:
         started = time.perf_counter()
         try:
-            return next(self._batches)
+            batch = next(self._batches)
         finally:
             self.seconds += time.perf_counter() - started
+        self.text_bytes += pc.sum(pc.binary_length(batch.column("text"))).as_py() or 0
+        return batch

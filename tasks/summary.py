@@ -40,6 +40,12 @@ def report_rows(report: RunReport) -> list[Row]:
         ("cost", cost_text(report.cost)),
         ("time", time_text(report.seconds)),
     ]
+    read = report.throughput
+    if read.documents_per_second:
+        rate = (
+            f"{read.documents_per_second:,.0f} documents/s, {read.kilobytes_per_second:,.0f} kB/s"
+        )
+        rows.append(("reading", rate))
     if report.texts.embedded:
         rows += sending_rows(report)
     if report.recovered_vectors:

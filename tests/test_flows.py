@@ -172,6 +172,11 @@ def test_the_artifacts_of_a_run_show_its_numbers(home: Path) -> None:
     assert [row["status"] for row in batches] == ["ok"] * report.calls.ok
     assert sum(row["tokens billed"] for row in batches) == report.tokens.billed
     assert artifacts["progress-field-notes"]["data"] == 100.0
+    read_s = report.seconds.read + report.seconds.fingerprint
+    assert report.throughput.documents_per_second * read_s == pytest.approx(len(TEXTS))
+    text_bytes = sum(map(len, TEXTS.values()))
+    assert report.throughput.kilobytes_per_second * read_s == pytest.approx(text_bytes / 1000)
+    assert f"| reading | {report.throughput.documents_per_second:,.0f} documents/s, " in shown
 
 
 def test_a_run_is_a_row_of_the_ledger_and_its_calls_too(home: Path) -> None:
