@@ -1,0 +1,20 @@
+"""What the answers of APIs for embeddings have in common."""
+
+import binascii
+
+
+def billed_tokens(answer: object) -> int:
+    """The tokens of an answer by the provider's word; 0 where it does not say."""
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+    return tokens if type(tokens) is int and tokens >= 0 else 0
+
+
+def numbers_in_base64(embedding: object) -> bytes:
+    """The bytes of one vector; none where it is no base64."""
+    if not isinstance(embedding, str):
+        return b""
+    try:
+        return binascii.a2b_base64(embedding, strict_mode=True)
+    except ValueError:
+        return b""
