@@ -6,8 +6,11 @@ import binascii
 def billed_tokens(answer: object) -> int:
     """The tokens of an answer by the provider's word; 0 where it does not say."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
-    tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-    return tokens if type(tokens) is int and tokens >= 0 else 0
+    for name in ("total_tokens", "prompt_tokens"):
+        tokens = usage.get(name) if isinstance(usage, dict) else None
+        if type(tokens) is int and tokens >= 0:
+            return tokens
+    return 0
 
 
 def numbers_in_base64(embedding: object) -> bytes:

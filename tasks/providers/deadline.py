@@ -8,9 +8,6 @@ import threading
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-LONGEST_BODY = 64 << 20
-"""Bytes; 1,000 vectors of 2,048 numbers are 11 million in base64, and some 45 in digits."""
-
 _in_flight = set[threading.Event]()
 _in_flight_lock = threading.Lock()
 

@@ -23,6 +23,9 @@ from tasks.limits import Learned
 from tasks.providers.reply import Reply, number, quoted
 
 CLIENT, SERVER = 400, 500  # where the classes of HTTP status begin
+LATER = frozenset({408, 409, 425, 499})
+"""Statuses beside those of a server's failure after which the same call may work."""
+
 NAMED = 5
 """So many texts and models a message names at most."""
 

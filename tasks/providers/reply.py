@@ -36,7 +36,7 @@ class Reply:
     Attributes:
         status: Of HTTP.
         headers: By lower-case name.
-        body: Of a failure; a good answer is the SDK's to read.
+        body: Of a failure; of a good answer too, where it is not left to an SDK.
     """
 
     status: int

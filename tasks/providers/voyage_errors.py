@@ -10,14 +10,21 @@ from tasks.errors import (
     ProviderThrottled,
 )
 from tasks.limits import Learned
-from tasks.providers.failures import CLIENT, DENIED_OTHERWISE, NAMED, SERVER, Asked, Case, whole
+from tasks.providers.failures import (
+    CLIENT,
+    DENIED_OTHERWISE,
+    LATER,
+    NAMED,
+    SERVER,
+    Asked,
+    Case,
+    whole,
+)
 from tasks.providers.voyage_broken import meaning
 from tasks.providers.voyage_reply import Reply, learned_from
 from tasks.providers.voyage_transport import Outcome
 
 __all__ = ["Asked", "failure"]
-
-_LATER = frozenset({408, 409, 425, 499})
 
 _TOKENS = re.compile(r"max allowed tokens per submitted batch is ([\d,]+)")
 _COUNTED = re.compile(r"batch has ([\d,]+) tokens")
@@ -69,7 +76,7 @@ class _Case(Case):
         streams = _STREAMS.search(reply.words) is not None
         if status == 429 or (status >= SERVER and streams):  # noqa: PLR2004 - a row of the table
             return self.throttled(reply, streams=streams)
-        if status >= SERVER or status in _LATER:
+        if status >= SERVER or status in LATER:
             return self.error(ProviderBusy, f"answered {status}. The same call may work later")
         if status == 413:  # noqa: PLR2004
             return self.too_large(Learned(), None)

@@ -22,7 +22,7 @@ from voyageai.api_resources.embedding import Embedding
 from voyageai.util import get_default_base_url
 
 from tasks.limits import Learned
-from tasks.providers.deadline import LONGEST_BODY, TooLate, TooLong, finished, host_of
+from tasks.providers.deadline import TooLate, TooLong, finished, host_of
 from tasks.providers.voyage_reply import Reply
 
 CONNECTIONS = 256
@@ -30,6 +30,9 @@ CONNECTIONS = 256
 
 RENEWED_S = 180
 """So often the connections are made anew: a silent one may be cut off without a word."""
+
+LONGEST_BODY = 64 << 20
+"""Bytes; 1,000 vectors of 2,048 numbers are 11 million."""
 
 _PIECE = 1 << 18
 
