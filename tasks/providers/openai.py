@@ -83,7 +83,7 @@ class OpenAI:
         return KeySource(
             KEY_VARIABLE,
             self.api_key_block,
-            "OpenAI" if self._at_openai else "the server",
+            "OpenAI" if self.base_url is None else "the server",
             f"Set {KEY_VARIABLE} to a key of OpenAI (https://platform.openai.com/api-keys) where "
             "the run has its environment, or set embedding.base_url to a server that needs none.",
         )
@@ -126,7 +126,6 @@ class OpenAI:
             key or _NO_KEY,
             self.base_url or OWN_URL,
             self.deadline_s,
-            at_openai=self._at_openai,
             model=self.model,
             texts=list(texts),
             dimensions=self._dimensions_to_ask_for(),
@@ -141,13 +140,8 @@ class OpenAI:
         give_up()
 
     @property
-    def _at_openai(self) -> bool:
-        host = urlsplit(self.base_url or OWN_URL).hostname or ""
-        return host == OWN_HOST or host.endswith(f".{OWN_HOST}")
-
-    @property
     def _needs_key(self) -> bool:
-        return self._at_openai or self.api_key_block is not None
+        return at_openai(self.base_url or OWN_URL) or self.api_key_block is not None
 
     def _dimensions_to_ask_for(self) -> int | None:
         """None for a model's own length: many servers refuse to be asked for any."""
@@ -207,6 +201,12 @@ class OpenAI:
             request_id=outcome.request_id,
             billed_tokens=billed_tokens(outcome.result),
         )
+
+
+def at_openai(url: str) -> bool:
+    """Whether `url` is an address of OpenAI itself."""
+    host = urlsplit(url).hostname or ""
+    return host == OWN_HOST or host.endswith(f".{OWN_HOST}")
 
 
 def _refuse_half_characters(texts: Sequence[str]) -> None:

@@ -4,7 +4,9 @@ The SDK would make a list of each vector and follow the server wherever it point
 answers are taken raw, and its HTTP client is one of ours, which all calls share.
 """
 
+import atexit
 import functools
+import logging
 import os
 import sys
 import threading
@@ -19,6 +21,7 @@ from pydantic import SecretStr
 
 from tasks.limits import Learned
 from tasks.providers.deadline import TooLate, TooLong, finished, host_of
+from tasks.providers.openai import at_openai
 from tasks.providers.openai_reply import Reply
 
 CONNECTIONS = 256
@@ -32,6 +35,8 @@ IDLE_S = 60.0
 
 _SURROUNDINGS = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE")
 _PRIVATE = ("openai-organization", "openai-project")
+"""Headers that the SDK makes of its environment, for OpenAI and nobody else."""
+
 _WRAPPING = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 
 
@@ -75,7 +80,6 @@ def exchange(
     base_url: str,
     deadline_s: float,
     *,
-    at_openai: bool,
     model: str,
     texts: Sequence[str],
     dimensions: int | None,
@@ -86,7 +90,6 @@ def exchange(
         key: Signs the request; goes to `base_url` and nowhere else.
         base_url: Where the API is.
         deadline_s: Seconds for all of it.
-        at_openai: Whether that is OpenAI itself, who may know of which organization one is.
         model: Name of the model.
         texts: What to embed.
         dimensions: Length of the vectors; None does not ask for any.
@@ -104,7 +107,6 @@ def exchange(
                 timeout=deadline_s,
                 max_retries=0,
                 http_client=_client(),
-                default_headers=None if at_openai else dict.fromkeys(_PRIVATE, openai.omit),  # type: ignore[arg-type]
             )
             response = client.embeddings.with_raw_response.create(
                 input=list(texts),
@@ -132,6 +134,9 @@ class _Client(httpx2.Client):
 
     def send(self, request: httpx2.Request, **kwargs: Any) -> httpx2.Response:
         """The response, its body read."""
+        if not at_openai(str(request.url)):
+            for name in _PRIVATE:
+                request.headers.pop(name, None)
         ends = time.monotonic() + request.extensions["timeout"]["read"]
         kwargs |= {"stream": True, "follow_redirects": False}
         response = super().send(request, **kwargs)
@@ -180,7 +185,11 @@ def _client() -> _Client:
 @functools.lru_cache(maxsize=1)
 def _made_client(_pid: int, _surroundings: tuple[str | None, ...]) -> _Client:
     # An older client lives on as long as a call uses it.
+    logging.getLogger("httpcore2").setLevel(logging.INFO)  # below, it shows headers as they come
     limits = httpx2.Limits(
         max_connections=None, max_keepalive_connections=CONNECTIONS, keepalive_expiry=IDLE_S
     )
-    return _Client(limits=limits)
+    return _Client(limits=limits, verify=httpx2.create_ssl_context())
+
+
+atexit.register(_made_client.cache_clear)  # so that its connections are closed
