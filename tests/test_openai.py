@@ -98,16 +98,16 @@ class Server:
     def base_url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
-    def fail(self, status: int, body: Any, times: int = 1, **headers: str) -> None:
+    def fail(self, status: int, body: Any, **headers: str) -> None:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.failures += [(status, body, named)] * times
+        self.failures.append((status, body, named))
 
     def reply(self, asked: Asked) -> tuple[int, bytes, dict[str, str]]:
         self.asked.append(asked)
         if self.failures:
             status, body, headers = self.failures.pop(0)
-            said = body if isinstance(body, bytes) else json.dumps(body).encode()
-            return status, said, headers
+            sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+            return status, sent, headers
         if asked.path != "/v1/embeddings":
             return 404, b'{"detail":"Not Found"}', {}
         texts = asked.body["input"]
@@ -115,8 +115,7 @@ class Server:
             words = f"batch size {len(texts)} > maximum allowed batch size {self.texts}"
             return 422, json.dumps({"error": words, "error_type": "Validation"}).encode(), {}
         if self.bad and any(self.bad in text for text in texts):
-            said = {"error": {"message": "Input is not fit.", "type": "invalid_request_error"}}
-            return 400, json.dumps(said).encode(), {}
+            return 400, json.dumps(said("Input is not fit.")).encode(), {}
         return 200, json.dumps(self.turn(self.answer(asked.body))).encode(), self.headers
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
