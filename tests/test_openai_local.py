@@ -47,7 +47,8 @@ def infinity(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     clean = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
 
     def uv(*command: str) -> None:
-        subprocess.run(["uv", *command], check=True, env=clean)
+        # Not in the project, whose pins would hold here too.
+        subprocess.run(["uv", *command], cwd=folder, check=True, env=clean)
 
     python = folder / "venv" / "bin" / "python"
     uv("venv", "--quiet", "--python", "3.11", str(folder / "venv"))
