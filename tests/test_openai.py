@@ -1,6 +1,7 @@
 """openai: one call through the real SDK, to a server with the habits of those it is made for."""
 
 import base64
+import gzip
 import json
 import os
 import pickle
@@ -79,7 +80,10 @@ class Server:
         failures: Status, body and headers of the next replies, instead of answers.
         turn: What becomes of an answer before it is sent.
         send: Sends the bytes of a reply; None in the ordinary way.
+        packed: Whether replies are sent as gzip.
         bad: A text that holds this is refused.
+        floats: Whether vectors are lists, whatever was asked for.
+        scale: Length of every vector.
     """
 
     port: int = 0
@@ -90,6 +94,7 @@ class Server:
     headers: dict[str, str] = field(default_factory=dict)
     turn: Callable[[dict[str, Any]], Any] = lambda answer: answer
     send: Callable[[BaseHTTPRequestHandler, bytes], None] | None = None
+    packed: bool = False
     bad: str = ""
     floats: bool = False
     scale: float = 1.0
@@ -150,6 +155,8 @@ def server() -> Iterator[Server]:
             read = self.rfile.read(int(self.headers["content-length"]))
             headers = {name.lower(): value for name, value in self.headers.items()}
             status, body, more = state.reply(Asked(self.path, headers, json.loads(read)))
+            if state.packed:
+                body, more = gzip.compress(body), {**more, "content-encoding": "gzip"}
             head = [f"HTTP/1.1 {status} Said", f"content-length: {len(body)}"]
             head += [f"{name}: {value}" for name, value in more.items()]
             whole = "\r\n".join([*head, "", ""]).encode() + body
@@ -601,6 +608,15 @@ def test_calls_in_flight_can_be_given_up(server: Server) -> None:
     asked.give_up()
     call.join(1)
     assert [type(error) for error in errors] == [ProviderBusy]
+
+
+def test_packed_replies_are_read(server: Server) -> None:
+    server.packed, texts = True, sentences(30)
+    assert np.array_equal(provider(server).embed(texts).vectors, WORDS.embed(texts).vectors)
+    server.fail(422, TEI)
+    assert type(failed(provider(server), texts)) is BatchTooLarge
+    server.send = lambda handler, whole: handler.wfile.write(whole.replace(b"\x1f\x8b", b"zz"))
+    assert type(failed(provider(server), texts)) is AnswerRejected
 
 
 def test_an_endless_answer_is_cut_off(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

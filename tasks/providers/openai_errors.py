@@ -36,7 +36,7 @@ from tasks.providers.openai_transport import Outcome
 _UNAUTHORIZED, _PAYMENT, _NOT_FOUND, _TOO_LARGE, _UNPROCESSABLE = 401, 402, 404, 413, 422
 _BACKEND_FAILED, _THROTTLED = 424, 429
 
-_NO_MONEY = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
+_NO_MONEY = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
 
 _TOKENS = re.compile(r"max(?:imum request size is)? ([\d,]+) tokens per request")
 _COUNTED = re.compile(r"[Rr]equested ([\d,]+) tokens, max")
@@ -59,7 +59,7 @@ _LENGTH = re.compile(
 )
 _NUMBERED = re.compile(r"\binput\[(\d+)\]")
 _MODEL = re.compile(
-    r"\bmodel\b.{0,150}?(?:does not exist|not found)|invalid model", re.IGNORECASE | re.DOTALL
+    r"\bmodel\b.{0,80}?(?:does not exist|not found)|invalid model", re.IGNORECASE | re.DOTALL
 )
 _ARGUMENT = re.compile(
     r"matryoshka|\bdimensions\b|encoding_format|unrecognized request argument|unknown parameter"

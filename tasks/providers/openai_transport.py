@@ -144,12 +144,10 @@ class _Client(httpx2.Client):
             body = _body(response, ends)
         finally:
             response.close()
-        key = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key and not response.is_success:
-            # Before the SDK puts it into a message or a log.
-            body = body.replace(key.encode(), b"[key]")
+        # Before the SDK puts it into a log.
+        key = request.headers["authorization"].removeprefix("Bearer ")
         headers = [
-            (name.lower(), value.replace(key, "[key]") if key else value)
+            (name.lower(), value.replace(key, "[key]"))
             for name, value in response.headers.items()
             if name.lower() not in _WRAPPING
         ]
