@@ -21,6 +21,9 @@ _CHECKOUT = Path(__file__).parents[1] / "configs" / "models.yaml"
 ANY_MODEL = ("openai",)
 """Providers that serve models no catalog can list."""
 
+UNLISTED = "the config"
+"""Source of what is assumed of such a model."""
+
 STORABLE = ("float", "ubinary")
 """What the index can hold: float for cosine, l2 and dot, packed bits for hamming."""
 
@@ -36,7 +39,13 @@ class Tier(Settings):
 
 
 FREE_TRIAL = Tier(requests_per_minute=3, tokens_per_minute=10_000)
-"""Every model, for an account without a payment method (Voyage docs, rate limits, 2026)."""
+"""Every model of Voyage, for an account without a payment method (docs, rate limits, 2026)."""
+
+_FREE = {
+    "voyage": FREE_TRIAL,
+    "openai": Tier(requests_per_minute=100, tokens_per_minute=40_000),
+}
+"""By provider; of OpenAI its model pages, 2026."""
 
 
 class ModelFacts(Settings):
@@ -95,7 +104,7 @@ class ModelFacts(Settings):
         """The limits a minute at usage tier 1, 2 or 3, or "free", without a payment method."""
         if self.tiers is None:
             return Tier()
-        return FREE_TRIAL if name == "free" else self.tiers[int(name)]
+        return _FREE[self.provider] if name == "free" else self.tiers[int(name)]
 
     def usd(self, tokens: int) -> float:
         """List price of `tokens`, in US dollars."""
@@ -184,7 +193,7 @@ def _catalogued(embedding: Embedding) -> ModelFacts:
 
 
 def _uncatalogued(embedding: Embedding, name: str) -> ModelFacts:
-    """What a config says of a model that nobody else says anything about; it has no price here."""
+    """What is assumed of a model of which nobody but the config says anything; it has no price."""
     if embedding.dimension is None:
         raise SettingsError(
             f"embedding.dimension: missing. Nothing is known here about the model {name!r}; say "
@@ -205,7 +214,7 @@ def _uncatalogued(embedding: Embedding, name: str) -> ModelFacts:
             "texts_per_request": 256,
             "tokens_per_request": 32_000,
             "tiers": None,
-            "source": "the config",
+            "source": UNLISTED,
             "date": date(1970, 1, 1),
         }
     )
@@ -264,24 +273,36 @@ def _check_dtype(dtype: str, facts: ModelFacts) -> None:
         )
 
 
+_ON_THIS_MACHINE = "runs on this machine and has no use for it; leave it out"
+_UNUSED: dict[str, dict[str, tuple[tuple[str | None, ...], str]]] = {
+    "lexical": {
+        "base_url": ((None,), _ON_THIS_MACHINE),
+        "api_key_block": ((None,), _ON_THIS_MACHINE),
+        "tokenizer": ((None,), _ON_THIS_MACHINE),
+        "input_type": (("document",), _ON_THIS_MACHINE),
+    },
+    "openai": {
+        "input_type": (
+            ("document", None),
+            "has an API that is not told what a text is; leave it out",
+        ),
+    },
+}
+"""By provider: keys without effect, the values that ask for none, and why there is none."""
+
+
 def _check_unused(embedding: Embedding) -> None:
-    """Refuse what a provider on this machine would silently ignore."""
-    if embedding.provider != "lexical":
-        return
-    given = {"base_url": None, "api_key_block": None, "tokenizer": None, "input_type": "document"}
-    for key, default in given.items():
-        if getattr(embedding, key) != default:
-            raise SettingsError(
-                f"embedding.{key}: {embedding.provider!r} runs on this machine and has no use "
-                "for it; leave it out."
-            )
+    """Refuse what a provider would silently ignore."""
+    for key, (harmless, why) in _UNUSED.get(embedding.provider, {}).items():
+        if getattr(embedding, key) not in harmless:
+            raise SettingsError(f"embedding.{key}: {embedding.provider!r} {why}.")
 
 
 def _within(unit: str, asked: int | None, cap: int, facts: ModelFacts) -> int:
-    """`asked` or the model's own `cap`, which no config can raise."""
+    """`asked` or the model's own `cap`, which no config can raise where it is known."""
     if asked is None:
         return cap
-    if asked > cap:
+    if asked > cap and facts.source != UNLISTED:
         raise SettingsError(
             f"limits.{unit}_per_request: {asked} is more than {facts.name!r} takes in one "
             f"request. Set it to {cap} or less; null is {cap}.",

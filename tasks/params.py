@@ -81,7 +81,9 @@ class Embedding(Settings):
     """Who embeds, and how long the vectors are."""
 
     provider: Literal["lexical", "voyage", "openai"]
-    model: str | None = Field(default=None, description="Name in configs/models.yaml.")
+    model: str | None = Field(
+        default=None, description="Name in configs/models.yaml; of openai any."
+    )
     dimension: int | None = Field(default=None, ge=1, description="null: the model's default.")
     output_dtype: str = Field(default="float", description="float, or ubinary: a bit a number.")
     input_type: Literal["document", "query"] | None = Field(
@@ -91,7 +93,9 @@ class Embedding(Settings):
         default=None, description="Where the API is; null: the vendor's own address."
     )
     api_key_block: str | None = Field(
-        default=None, min_length=1, description="Prefect Secret block; null: VOYAGE_API_KEY."
+        default=None,
+        min_length=1,
+        description="Prefect Secret block; null: VOYAGE_API_KEY or OPENAI_API_KEY.",
     )
     tokenizer: LocalPath | None = Field(
         default=None, description="The model's tokenizer.json; null: estimated, then learned."

@@ -9,6 +9,7 @@ from tasks.params import Engine
 from tasks.prepare import Preparation
 from tasks.providers import Provider
 from tasks.providers.lexical import Lexical
+from tasks.providers.openai import OpenAI
 from tasks.providers.voyage import Voyage, require_key
 from tasks.tokens import TokenizerEstimate, load
 
@@ -34,6 +35,15 @@ def _opened(config: Engine) -> Lexical | Voyage:
         estimate = TokenizerEstimate(embedding.tokenizer)
     else:
         estimate = load(config.state.uri, facts.provider, facts.name).estimate()
+    if facts.provider == "openai":
+        return OpenAI(
+            facts.name,
+            dimension,
+            limits,
+            base_url=embedding.base_url,
+            api_key_block=embedding.api_key_block,
+            estimate=estimate,
+        )
     return Voyage(
         facts.name,
         dimension,
@@ -50,13 +60,14 @@ def open_embedder(config: Engine) -> Provider:
     """The provider, for embedding.
 
     Raises:
-        SettingsError: As in `open_provider`, there is no key, or limits a minute are given to
-            a provider that has none.
+        SettingsError: As in `open_provider`, there is no key or no SDK, or limits a minute are
+            given to a provider that has none.
     """
     provider = open_provider(config)
-    if isinstance(provider, Voyage):
-        require_key(provider)
-    if facts_for(config.embedding).tiers is None:
+    if isinstance(provider, OpenAI):
+        provider.require()
+    require_key(provider)
+    if isinstance(provider, Lexical):
         for name in ("requests_per_minute", "tokens_per_minute"):
             if getattr(config.limits, name) is not None:
                 raise SettingsError(
