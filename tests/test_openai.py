@@ -615,7 +615,11 @@ def test_packed_replies_are_read(server: Server) -> None:
     assert np.array_equal(provider(server).embed(texts).vectors, WORDS.embed(texts).vectors)
     server.fail(422, TEI)
     assert type(failed(provider(server), texts)) is BatchTooLarge
-    server.send = lambda handler, whole: handler.wfile.write(whole.replace(b"\x1f\x8b", b"zz"))
+
+    def no_longer_packed(handler: BaseHTTPRequestHandler, whole: bytes) -> None:
+        handler.wfile.write(whole.replace(b"\x1f\x8b", b"zz"))
+
+    server.send = no_longer_packed
     assert type(failed(provider(server), texts)) is AnswerRejected
 
 

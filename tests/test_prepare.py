@@ -156,6 +156,9 @@ def test_what_stands_in_front_is_part_of_the_space_and_nothing_is_as_ever(tmp_pa
     assert preparation(lexical, "title") == "words-1+prepend-1(title)"
     assert preparation(voyage, "document", "title") == "1+prepend-1(document,title)"
     assert preparation(voyage, "title", "document") == "1+prepend-1(title,document)"
+    openai = {"provider": "openai", "model": "any", "dimension": 8}
+    assert preparation(openai) == "unit-1"
+    assert preparation(openai, "title") == "unit-1+prepend-1(title)"
 
 
 @pytest.mark.parametrize("names", [["a,b"], ["a:b"], ["a\nb"], [" "], ["a", "a"]])

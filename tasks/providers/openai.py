@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from tasks.catalog import catalog
 from tasks.errors import AnswerRejected, BatchRefused, ProviderDenied, SettingsError
 from tasks.limits import Estimator, Learned, Limits
+from tasks.prepare import PLAIN, Preparation
 from tasks.providers import Answer, Space
 from tasks.providers.answers import billed_tokens, numbers_in_base64
 from tasks.providers.api_key import KeySource
@@ -52,6 +53,7 @@ class OpenAI:
         api_key_block: Name of the Prefect Secret block with the key; None is OPENAI_API_KEY.
         estimate: What guesses tokens before a call.
         deadline_s: Seconds for one whole call; a model on a processor may need minutes.
+        preparation: What stands in front of the texts of its space.
     """
 
     model: str
@@ -61,6 +63,7 @@ class OpenAI:
     api_key_block: str | None = None
     estimate: Estimator = Estimate()  # noqa: RUF009 - a frozen value
     deadline_s: float = 300.0
+    preparation: Preparation = PLAIN
 
     @property
     def least(self) -> Learned:
@@ -75,7 +78,8 @@ class OpenAI:
     @property
     def space(self) -> Space:
         """Where its vectors live; the API is not told what a text is."""
-        return Space("openai", self.model, self.dimension, input_type=None, preparation=RECIPE)
+        recipe = self.preparation.recipe(RECIPE)
+        return Space("openai", self.model, self.dimension, input_type=None, preparation=recipe)
 
     @property
     def key_source(self) -> KeySource:

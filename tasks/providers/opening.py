@@ -23,7 +23,7 @@ def open_provider(config: Engine) -> Provider:
     return replace(_opened(config), preparation=Preparation(config.embedding.prepend))
 
 
-def _opened(config: Engine) -> Lexical | Voyage:
+def _opened(config: Engine) -> Lexical | OpenAI | Voyage:
     embedding = config.embedding
     facts = facts_for(embedding)
     dimension = dimension_of(embedding)
