@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from tasks.errors import SettingsError
 from tasks.limits import Limits
 from tasks.params import Embedding, LimitSettings, Settings
+from tasks.providers.model_folder import EXAMPLE, read_model
 
 # An installed package carries the file beside this module; a checkout has it at its root.
 _INSTALLED = Path(__file__).parent / "configs" / "models.yaml"
@@ -42,7 +43,7 @@ FREE_TRIAL = Tier(requests_per_minute=3, tokens_per_minute=10_000)
 class ModelFacts(Settings):
     """One model of one provider; every number has the source and date below it."""
 
-    provider: Literal["lexical", "voyage", "openai"]
+    provider: Literal["lexical", "voyage", "openai", "sentence-transformers"]
     name: str
     status: Literal["active", "legacy"]
     context_tokens: int | None = Field(ge=1, description="Longest text; null is any.")
@@ -154,6 +155,8 @@ def facts_for(embedding: Embedding) -> ModelFacts:
 
 def _catalogued(embedding: Embedding) -> ModelFacts:
     provider = embedding.provider
+    if provider == "sentence-transformers":
+        return _local(embedding)
     own = [facts for facts in catalog().values() if facts.provider == provider]
     if embedding.model is None and (len(own) > 1 or provider in ANY_MODEL):
         current = [facts.name for facts in own if facts.status == "active"]
@@ -190,23 +193,61 @@ def _uncatalogued(embedding: Embedding, name: str) -> ModelFacts:
             f"embedding.dimension: missing. Nothing is known here about the model {name!r}; say "
             "how many numbers its vectors have."
         )
+    return _facts(
+        embedding,
+        name,
+        dimensions=[embedding.dimension],
+        unit_vectors=False,
+        tokens_per_request=32_000,
+        source="the config",
+    )
+
+
+def _local(embedding: Embedding) -> ModelFacts:
+    """What the files of a model say that runs on this machine, where nothing has a price."""
+    if embedding.model is None:
+        raise SettingsError(
+            "embedding.model: missing. Name a folder with a model of sentence-transformers, or "
+            f"one on the Hugging Face hub, say {EXAMPLE}."
+        )
+    model = read_model(embedding.model, embedding.backend)
+    longest = model.dimension or embedding.dimension
+    if longest is None:
+        raise SettingsError(
+            f"embedding.dimension: missing. The files of {model.name} do not say how many numbers "
+            "its vectors have; set it."
+        )
+    return _facts(
+        embedding,
+        model.name,
+        context_tokens=model.longest,
+        dimensions=None,
+        default_dimension=longest,
+        min_dimension=1,
+        max_dimension=longest,
+        unit_vectors=True,
+        # A few seconds of work, so that little is lost with a run that dies.
+        tokens_per_request=16_000,
+        source=f"the files of {model.name}",
+    )
+
+
+def _facts(embedding: Embedding, name: str, **known: object) -> ModelFacts:
+    """What is known of a model that has no entry in the catalog."""
     return ModelFacts.model_validate(
         {
             "provider": embedding.provider,
             "name": name,
             "status": "active",
             "context_tokens": None,
-            "dimensions": [embedding.dimension],
             "output_dtypes": ["float"],
-            "unit_vectors": False,
             "usd_per_million_tokens": 0.0,
             "free_tokens": 0,
             "batch_lane": False,
             "texts_per_request": 256,
-            "tokens_per_request": 32_000,
             "tiers": None,
-            "source": "the config",
             "date": date(1970, 1, 1),
+            **known,
         }
     )
 
@@ -264,16 +305,24 @@ def _check_dtype(dtype: str, facts: ModelFacts) -> None:
         )
 
 
+_LOCAL = ("device", "backend", "precision")
+_UNUSED: dict[str, tuple[str, ...]] = {
+    "lexical": ("base_url", "api_key_block", "tokenizer", "input_type", *_LOCAL),
+    "voyage": _LOCAL,
+    "openai": _LOCAL,
+    "sentence-transformers": ("base_url", "api_key_block"),
+}
+"""Keys of `embedding` that a provider has no use for."""
+
+
 def _check_unused(embedding: Embedding) -> None:
-    """Refuse what a provider on this machine would silently ignore."""
-    if embedding.provider != "lexical":
-        return
-    given = {"base_url": None, "api_key_block": None, "tokenizer": None, "input_type": "document"}
-    for key, default in given.items():
-        if getattr(embedding, key) != default:
+    """Refuse what a provider would silently ignore."""
+    provider = embedding.provider
+    local = " runs on this machine and" if provider in {"lexical", "sentence-transformers"} else ""
+    for key in _UNUSED[provider]:
+        if getattr(embedding, key) != Embedding.model_fields[key].default:
             raise SettingsError(
-                f"embedding.{key}: {embedding.provider!r} runs on this machine and has no use "
-                "for it; leave it out."
+                f"embedding.{key}: {provider!r}{local} has no use for it; leave it out."
             )
 
 

@@ -16,10 +16,12 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
-from tasks.addresses import HttpAddress, LocalPath, StoragePath
+from tasks.addresses import HttpAddress, LocalPath, StoragePath, folder_or_name
 from tasks.errors import SettingsError
 
 
@@ -79,8 +81,13 @@ Source = Annotated[FilesSource | TableSource, Field(discriminator="kind")]
 class Embedding(Settings):
     """Who embeds, and how long the vectors are."""
 
-    provider: Literal["lexical", "voyage", "openai"]
-    model: str | None = Field(default=None, description="Name in configs/models.yaml.")
+    provider: Literal["lexical", "voyage", "openai", "sentence-transformers"]
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name in configs/models.yaml; for sentence-transformers a folder, or a name "
+        "on the Hugging Face hub.",
+    )
     dimension: int | None = Field(default=None, ge=1, description="null: the model's default.")
     output_dtype: str = Field(default="float", description="float, or ubinary: a bit a number.")
     input_type: Literal["document", "query"] | None = Field(
@@ -95,6 +102,26 @@ class Embedding(Settings):
     tokenizer: LocalPath | None = Field(
         default=None, description="The model's tokenizer.json; null: estimated, then learned."
     )
+    device: str | None = Field(
+        default=None,
+        pattern=r"^(cpu|mps|cuda(:\d+)?)$",
+        description="Where a local model runs: cpu, cuda, cuda:1 or mps; null: the best there is.",
+    )
+    backend: Literal["torch", "onnx", "openvino"] = Field(
+        default="torch", description="What runs a local model."
+    )
+    precision: Literal["float32", "float16", "bfloat16"] | None = Field(
+        default=None,
+        description="What a local model computes in; null: as it was saved, or float32 where "
+        "backend is not torch.",
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _folder_is_absolute(cls, model: str | None, info: ValidationInfo) -> str | None:
+        if model is None or info.data.get("provider") != "sentence-transformers":
+            return model
+        return folder_or_name(model, info)
 
 
 class LimitSettings(Settings):

@@ -1,0 +1,262 @@
+"""A model of sentence-transformers, run in this process: no account, no price, no network.
+
+The library cuts a text off at the model's longest length without a word, so its spaces say
+`truncation`. Texts of about the same length are encoded together, since every text of a batch
+is padded to the longest one, and padding costs as much as text.
+
+A model is loaded when the first call is prepared, once a process for each device, backend and
+precision.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from tasks.errors import BatchRefused, ProviderBusy, ProviderDenied, SettingsError
+from tasks.limits import Learned, Limits
+from tasks.providers import Answer, Space, Vectors
+from tasks.providers.loaded_model import Running, Setup, is_out_of_memory, running
+from tasks.providers.model_folder import ModelFolder
+from tasks.tokens import TokenizerEstimate
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+RECIPE = "1"
+"""Names how a text becomes a vector; a change of anything below needs another one."""
+
+CONCURRENCY = 2
+"""Calls in flight: one answer is checked and written while the next one is encoded."""
+
+
+@dataclass(frozen=True)
+class ModelTokens:
+    """Tokens of a text as the model counts them, cut off where the model cuts. It pickles.
+
+    Attributes:
+        tokenizer: The model's tokenizer.json.
+        longest: Tokens after which a text is cut off; None where it never is.
+        prompt: What is put before each text.
+    """
+
+    tokenizer: str
+    longest: int | None = None
+    prompt: str = ""
+
+    @property
+    def margin(self) -> float:
+        """It is exact."""
+        return 0.0
+
+    def count(self, text: str) -> int:
+        """Tokens of `text`, at least 1; raises as `counts`."""
+        return int(self.counts([text])[0])
+
+    def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
+        """The count of each of `texts`, in their order.
+
+        Raises:
+            SettingsError: The file is missing or holds no tokenizer.
+        """
+        whole = [self.prompt + text for text in texts] if self.prompt else texts
+        counts = TokenizerEstimate(self.tokenizer, margin=0.0).counts(whole)
+        return counts if self.longest is None else np.minimum(counts, np.int32(self.longest))
+
+
+@dataclass(frozen=True)
+class SentenceTransformers:
+    """One model of sentence-transformers. A value: it pickles, and holds no weights.
+
+    Attributes:
+        model: What is known of the model without loading it.
+        dimension: Length of each vector; a smaller one than the model's is cut off and made
+            a unit vector again.
+        limits: What may be asked of it at once; it has none a minute.
+        tokenizer: The model's tokenizer.json.
+        input_type: "document", "query" or None: which of the model's prompts stands before a text.
+        device: "cpu", "cuda", "cuda:1", "mps"; None takes the best one there is.
+        backend: "torch", "onnx" or "openvino".
+        precision: "float32", "float16" or "bfloat16"; None is how the model was saved with torch,
+            and float32 with another backend.
+    """
+
+    model: ModelFolder
+    dimension: int
+    limits: Limits
+    tokenizer: str
+    input_type: str | None = "document"
+    device: str | None = None
+    backend: str = "torch"
+    precision: str | None = None
+
+    @property
+    def space(self) -> Space:
+        """Where its vectors live: files of the model, backend and precision make another one."""
+        precision = self.precision or ("saved" if self.backend == "torch" else "float32")
+        return Space(
+            "sentence-transformers",
+            f"{self.model.name}@{self.model.revision}",
+            self.dimension,
+            input_type=self.input_type,
+            truncation=True,
+            preparation=f"{RECIPE} {self.backend} {precision}",
+        )
+
+    @property
+    def least(self) -> Learned:
+        """There is no account."""
+        return Learned()
+
+    @property
+    def unit_vectors(self) -> bool:
+        """Every vector has length 1."""
+        return True
+
+    @property
+    def estimate(self) -> ModelTokens:
+        """The model's own count."""
+        return ModelTokens(self.tokenizer, self.model.longest, self._prompt)
+
+    @property
+    def setup(self) -> Setup:
+        """What is loaded for it."""
+        model = self.model
+        return Setup(
+            source=model.source,
+            revision=model.revision if model.on_hub else None,
+            digest=None if model.on_hub else model.revision,
+            device=self.device,
+            backend=self.backend,
+            precision=self.precision,
+        )
+
+    @property
+    def _prompt(self) -> str:
+        if self.input_type is None:
+            return ""
+        query = self.input_type == "query"
+        return self.model.query_prompt if query else self.model.document_prompt
+
+    def for_queries(self) -> "SentenceTransformers":
+        """The same with the model's prompt for what is searched with."""
+        if self.input_type is None:
+            return self
+        return dataclasses.replace(self, input_type="query")
+
+    def prepare(self) -> None:
+        """Load the model.
+
+        Raises:
+            SettingsError: It cannot be loaded, or device, backend and precision do not go together.
+        """
+        self._model()
+
+    def embed(self, texts: Sequence[str]) -> Answer:
+        """Embed `texts`; row i belongs to text i, and what is longer than the model takes is cut.
+
+        Raises:
+            BatchRefused: The model fails over some texts, or one alone is too large for the memory.
+            ProviderDenied: The model cannot be loaded.
+            ProviderBusy: It was told to give up.
+        """
+        ends = _given_up
+        try:
+            model = self._model()
+        except SettingsError as error:
+            denied = ProviderDenied(str(error))
+        else:
+            counts = self.estimate.counts(texts)
+            with model.turn:
+                vectors = self._encoded(model, texts, counts, ends)
+            return Answer(_of_length_1(vectors), range(len(texts)), int(counts.sum()))
+        raise denied
+
+    def give_up(self) -> None:
+        """End the calls of this process after what each one is encoding just now."""
+        global _given_up  # noqa: PLW0603 - it counts for the whole process
+        _given_up += 1
+
+    def _model(self) -> Running:
+        found = running(self.setup)
+        if found.dimension < self.dimension:
+            raise SettingsError(
+                f"embedding.dimension: {self.model.name} makes vectors of length "
+                f"{found.dimension}, not {self.dimension}. Set it to {found.dimension} or less."
+            )
+        return found
+
+    def _encoded(
+        self, model: Running, texts: Sequence[str], counts: npt.NDArray[np.int32], ends: int
+    ) -> Vectors:
+        vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
+        todo = longest_first(counts)
+        while len(todo):
+            if ends != _given_up:
+                raise ProviderBusy("The run was ended while its texts were being encoded.")
+            part = todo[: how_many_fit(counts[todo], model.budget)]
+            try:
+                vectors[part] = self._call(model.model, [texts[at] for at in part.tolist()])
+            except Exception as error:  # noqa: BLE001 - models and backends promise no class
+                failure = error.with_traceback(None)  # which holds on to what fills the memory
+            else:
+                todo = todo[len(part) :]
+                continue
+            if not is_out_of_memory(failure):
+                self._refuse(part, f"fails over it ({type(failure).__name__})")
+            if len(part) == 1:
+                self._refuse(part, f"has too little memory for its {counts[part[0]]:,} tokens")
+            model.shrink(padded_tokens(counts[part]))
+        return vectors
+
+    def _call(self, model: "SentenceTransformer", texts: list[str]) -> Vectors:
+        encode = {"document": model.encode_document, "query": model.encode_query}
+        found: Vectors = encode.get(self.input_type or "", model.encode)(
+            texts,
+            prompt=self._prompt,
+            batch_size=len(texts),
+            show_progress_bar=False,
+            truncate_dim=self.dimension,
+        )
+        return found
+
+    def _refuse(self, part: npt.NDArray[np.int64], why: str) -> NoReturn:
+        raise BatchRefused(
+            f"The model {self.model.name} {why}. Change the text, or look at embedding.device and "
+            "the memory of this machine.",
+            positions=tuple(part.tolist()),
+        )
+
+
+def longest_first(counts: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Positions of texts by falling token count: what does not fit shows first."""
+    return np.argsort(-counts.astype(np.int64), kind="stable")
+
+
+def how_many_fit(counts: npt.NDArray[np.int32], budget: int) -> int:
+    """How many texts, from the first and longest, are encoded at once; at least 1.
+
+    Args:
+        counts: Tokens of each, falling.
+        budget: Most tokens at once, with all texts as long as the longest.
+    """
+    return max(1, min(len(counts), budget // max(1, int(counts[0]))))
+
+
+def padded_tokens(counts: npt.NDArray[np.int32]) -> int:
+    """What texts of so many tokens cost together, padded to the longest one."""
+    return len(counts) * int(counts.max())
+
+
+def _of_length_1(vectors: Vectors) -> Vectors:
+    """`vectors` made unit vectors; what has no length stays, and is found by who checks it."""
+    wide = vectors.astype(np.float64)  # squares leave float32 early
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    np.divide(wide, norms, out=wide, where=norms > 0)
+    return wide.astype(np.float32)
+
+
+_given_up = 0
