@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tasks.errors import SettingsError
+from tasks.providers.parts import Budget
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -30,9 +31,6 @@ _BACKENDS = {"onnx": ("optimum", "onnxruntime"), "openvino": ("optimum", "openvi
 
 _HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """How OpenVINO calls a precision."""
-
-_NO_MEMORY = ("can't allocate memory", "DefaultCPUAllocator", "out of memory", "bad_alloc")
-"""What an error says that comes of too little memory and has no class of its own."""
 
 
 @dataclass(frozen=True)
@@ -62,37 +60,22 @@ class Running:
     Attributes:
         model: The library's own object.
         dimension: Length of its vectors.
-        budget: Padded tokens encoded at once, by what has fitted so far.
+        budget: How much it encodes at once.
         turn: Held by who encodes: torch takes all cores by itself.
     """
 
     def __init__(self, model: "SentenceTransformer", dimension: int) -> None:
         self.model = model
         self.dimension = dimension
-        self.budget = CPU_BUDGET if model.device.type == "cpu" else GPU_BUDGET
+        self.budget = Budget(CPU_BUDGET if model.device.type == "cpu" else GPU_BUDGET)
         self.turn = threading.Lock()
-
-    def shrink(self, failed: int) -> None:
-        """Take in that so many padded tokens were too many."""
-        self.budget = max(1, min(self.budget, failed) // 2)
-        if self.model.device.type == "cuda":
-            import torch  # noqa: PLC0415 - loaded by now
-
-            torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error comes of too little memory, on the device or beside it."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 _lock = threading.Lock()
 _running: dict[Setup, Running] = {}
 
 
-def running(setup: Setup) -> Running:
+def running_model(setup: Setup) -> Running:
     """The model of `setup`, loaded by who asks first; for many threads at once.
 
     Raises:

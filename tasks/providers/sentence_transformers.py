@@ -11,16 +11,16 @@ precision.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from tasks.errors import BatchRefused, ProviderBusy, ProviderDenied, SettingsError
 from tasks.limits import Learned, Limits
 from tasks.providers import Answer, Space, Vectors
-from tasks.providers.loaded_model import Running, Setup, is_out_of_memory, running
+from tasks.providers.loaded_model import Running, Setup, running_model
 from tasks.providers.model_folder import ModelFolder
+from tasks.providers.parts import Counts, PartFailed, Positions, encode_in_parts
 from tasks.tokens import TokenizerEstimate
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class ModelTokens:
         """Tokens of `text`, at least 1; raises as `counts`."""
         return int(self.counts([text])[0])
 
-    def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
+    def counts(self, texts: Sequence[str]) -> Counts:
         """The count of each of `texts`, in their order.
 
         Raises:
@@ -153,7 +153,7 @@ class SentenceTransformers:
         Raises:
             SettingsError: It cannot be loaded, or device, backend and precision do not go together.
         """
-        self._model()
+        self._running()
 
     def embed(self, texts: Sequence[str]) -> Answer:
         """Embed `texts`; row i belongs to text i, and what is longer than the model takes is cut.
@@ -163,16 +163,28 @@ class SentenceTransformers:
             ProviderDenied: The model cannot be loaded.
             ProviderBusy: It was told to give up.
         """
-        ends = _given_up
+        begun = _given_up
         try:
-            model = self._model()
+            running = self._running()
         except SettingsError as error:
             denied = ProviderDenied(str(error))
         else:
             counts = self.estimate.counts(texts)
-            with model.turn:
-                vectors = self._encoded(model, texts, counts, ends)
-            return Answer(_of_length_1(vectors), range(len(texts)), int(counts.sum()))
+            vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
+
+            def encode(part: Positions) -> Vectors:
+                if begun != _given_up:
+                    raise ProviderBusy("The run was ended while its texts were being encoded.")
+                return self._encoded(running.model, [texts[at] for at in part.tolist()])
+
+            with running.turn:
+                try:
+                    encode_in_parts(counts, running.budget, encode, vectors)
+                except PartFailed as failure:
+                    refused = self._refused(failure)
+                else:
+                    return Answer(_of_length_1(vectors), range(len(texts)), int(counts.sum()))
+            raise refused
         raise denied
 
     def give_up(self) -> None:
@@ -180,8 +192,8 @@ class SentenceTransformers:
         global _given_up  # noqa: PLW0603 - it counts for the whole process
         _given_up += 1
 
-    def _model(self) -> Running:
-        found = running(self.setup)
+    def _running(self) -> Running:
+        found = running_model(self.setup)
         if found.dimension < self.dimension:
             raise SettingsError(
                 f"embedding.dimension: {self.model.name} makes vectors of length "
@@ -189,30 +201,7 @@ class SentenceTransformers:
             )
         return found
 
-    def _encoded(
-        self, model: Running, texts: Sequence[str], counts: npt.NDArray[np.int32], ends: int
-    ) -> Vectors:
-        vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
-        todo = longest_first(counts)
-        while len(todo):
-            if ends != _given_up:
-                raise ProviderBusy("The run was ended while its texts were being encoded.")
-            part = todo[: how_many_fit(counts[todo], model.budget)]
-            try:
-                vectors[part] = self._call(model.model, [texts[at] for at in part.tolist()])
-            except Exception as error:  # noqa: BLE001 - models and backends promise no class
-                failure = error.with_traceback(None)  # which holds on to what fills the memory
-            else:
-                todo = todo[len(part) :]
-                continue
-            if not is_out_of_memory(failure):
-                self._refuse(part, f"fails over it ({type(failure).__name__})")
-            if len(part) == 1:
-                self._refuse(part, f"has too little memory for its {counts[part[0]]:,} tokens")
-            model.shrink(padded_tokens(counts[part]))
-        return vectors
-
-    def _call(self, model: "SentenceTransformer", texts: list[str]) -> Vectors:
+    def _encoded(self, model: "SentenceTransformer", texts: list[str]) -> Vectors:
         encode = {"document": model.encode_document, "query": model.encode_query}
         found: Vectors = encode.get(self.input_type or "", model.encode)(
             texts,
@@ -223,32 +212,16 @@ class SentenceTransformers:
         )
         return found
 
-    def _refuse(self, part: npt.NDArray[np.int64], why: str) -> NoReturn:
-        raise BatchRefused(
-            f"The model {self.model.name} {why}. Change the text, or look at embedding.device and "
-            "the memory of this machine.",
-            positions=tuple(part.tolist()),
+    def _refused(self, failure: PartFailed) -> BatchRefused:
+        if failure.out_of_memory:
+            why = f"takes more memory than there is for one text of {failure.tokens:,} tokens. "
+            way_out = "Cut the text shorter, or choose another embedding.device."
+        else:
+            why = f"fails over {len(failure.positions):,} texts ({failure}). "
+            way_out = "Change the text that is to blame."
+        return BatchRefused(
+            f"The model {self.model.name} {why}{way_out}", positions=failure.positions.tolist()
         )
-
-
-def longest_first(counts: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    """Positions of texts by falling token count: what does not fit shows first."""
-    return np.argsort(-counts.astype(np.int64), kind="stable")
-
-
-def how_many_fit(counts: npt.NDArray[np.int32], budget: int) -> int:
-    """How many texts, from the first and longest, are encoded at once; at least 1.
-
-    Args:
-        counts: Tokens of each, falling.
-        budget: Most tokens at once, with all texts as long as the longest.
-    """
-    return max(1, min(len(counts), budget // max(1, int(counts[0]))))
-
-
-def padded_tokens(counts: npt.NDArray[np.int32]) -> int:
-    """What texts of so many tokens cost together, padded to the longest one."""
-    return len(counts) * int(counts.max())
 
 
 def _of_length_1(vectors: Vectors) -> Vectors:
