@@ -45,8 +45,8 @@ def write_model(folder: Path, files: dict[str, Any] = MODEL, weights: bytes = b"
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     words = {"?": 0, "[CLS]": 1, "[SEP]": 2}
     tokenizer = Tokenizer(models.WordLevel(words, "?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     tokenizer.save(str(folder / "tokenizer.json"))

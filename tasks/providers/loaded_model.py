@@ -121,9 +121,14 @@ def require_installed(setup: Setup) -> None:
 
 def _loaded(setup: Setup) -> Running:
     require_installed(setup)
-    from sentence_transformers import SentenceTransformer  # noqa: PLC0415 - takes seconds
-    from transformers.utils import logging  # noqa: PLC0415
-
+    try:
+        from sentence_transformers import SentenceTransformer  # noqa: PLC0415 - takes seconds
+        from transformers.utils import logging  # noqa: PLC0415
+    except Exception as error:  # packages that do not fit each other fail in many ways
+        raise SettingsError(
+            "embedding.provider: 'sentence-transformers' is installed but cannot be imported. "
+            f"Python says: {_first_line(error)}"
+        ) from error
     _require_device(setup.device)
     logging.disable_progress_bar()
     load = functools.partial(

@@ -16,6 +16,7 @@ import sysconfig
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import distributions, version
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import torch
 from tasks.limits import Packer
 from tasks.params import Config
 from tasks.providers import Provider, Vectors, checked_vectors
-from tasks.providers.loaded_model import running_model
+from tasks.providers.loaded_model import Running, running_model
 from tasks.providers.opening import open_embedder
 from tasks.providers.sentence_transformers import SentenceTransformers
 
@@ -94,16 +95,19 @@ def main() -> None:
     texts = passages(asked.texts)
     counts = provider.estimate.counts(texts)
 
-    def one_by_one(texts: Sequence[str]) -> Vectors:
-        rows = [running.model.encode(text, normalize_embeddings=True) for text in texts]
-        return np.stack(rows)
+    def one_by_one(running: Running) -> Way:
+        encode = running.model.encode
+        return lambda texts: np.stack([encode(text, normalize_embeddings=True) for text in texts])
 
     def plain(size: int) -> Way:
         return lambda texts: running.model.encode(
             list(texts), batch_size=size, normalize_embeddings=True
         )
 
-    ways: dict[str, Way] = {"one encode() a text": one_by_one}
+    ways: dict[str, Way] = {"one encode() a text": one_by_one(running)}
+    if asked.backend != "torch" or asked.precision:  # what all others are held against
+        usual = replace(provider, backend="torch", precision=None)
+        ways = {"the same, torch as saved": one_by_one(running_model(usual.setup)), **ways}
     ways |= {f"encode(batch_size={size})": plain(size) for size in SIZES}
     ways |= {"embed-once": ours(provider), "lexical": ours(_open("lexical", {}))}
 
