@@ -125,10 +125,16 @@ def test_the_table_of_commands_shows_commands_that_exist(shell: Shell) -> None:
 
 
 def test_the_configs_of_the_readme_are_accepted(project: Path) -> None:
-    whole, table = blocks("yaml")
+    whole, table, *embeddings = blocks("yaml")
     (project / "docs.yaml").write_text(whole, encoding="utf-8")
     config = load_config(project / "docs.yaml")
     assert config.source.path == str(project / "docs")
     with_table = re.sub(r"^source:.*?(?=^embedding:)", table, whole, flags=re.DOTALL | re.MULTILINE)
     (project / "table.yaml").write_text(with_table, encoding="utf-8")
     assert load_config(project / "table.yaml").source.kind == "table"
+    flags = re.DOTALL | re.MULTILINE
+    for embedding in embeddings:
+        other = re.sub(r"^embedding:.*?(?=^limits:)", embedding, whole, flags=flags)
+        (project / "other.yaml").write_text(other, encoding="utf-8")
+        provider = load_config(project / "other.yaml").embedding.provider
+        assert f"provider: {provider}" in embedding

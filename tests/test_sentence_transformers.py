@@ -411,6 +411,21 @@ def test_a_model_without_weights_cannot_be_loaded(
         opened(model=str(tmp_path)).prepare()
 
 
+@need_weights
+def test_a_model_in_the_hubs_cache_is_loaded_from_there(
+    opened: Opened, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path))
+    cached, commit = tmp_path / "models--owner--minilm", "c0ffee00" * 5
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit, encoding="utf-8")
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / commit).symlink_to(weights)
+    provider = opened(model="owner/minilm")
+    assert provider.space.model == f"owner/minilm@{commit}"
+    assert vectors_of(provider, TEXTS) == pytest.approx(vectors_of(opened(), TEXTS), abs=1e-6)
+
+
 # From the corpus to the search.
 
 CORPUS = {
