@@ -74,6 +74,8 @@ def embed_all(
         max_wait_s=config.limits.max_wait,
         shared=config.limits.shared,
     )
+    if found.packed.texts:  # a model may take long to load, and a run with nothing new needs none
+        found.provider.prepare()
     sender = sender_of(terms, found.cache)
     filling = Filling(
         reader=found.reader,

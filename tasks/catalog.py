@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from tasks.errors import SettingsError
 from tasks.limits import Limits
 from tasks.params import Embedding, LimitSettings, Settings
+from tasks.providers.model_folder import EXAMPLE, read_model
 
 # An installed package carries the file beside this module; a checkout has it at its root.
 _INSTALLED = Path(__file__).parent / "configs" / "models.yaml"
@@ -51,7 +52,7 @@ _FREE = {
 class ModelFacts(Settings):
     """One model of one provider; every number has the source and date below it."""
 
-    provider: Literal["lexical", "voyage", "openai"]
+    provider: Literal["lexical", "voyage", "openai", "sentence-transformers"]
     name: str
     status: Literal["active", "legacy"]
     context_tokens: int | None = Field(ge=1, description="Longest text; null is any.")
@@ -163,6 +164,8 @@ def facts_for(embedding: Embedding) -> ModelFacts:
 
 def _catalogued(embedding: Embedding) -> ModelFacts:
     provider = embedding.provider
+    if provider == "sentence-transformers":
+        return _local(embedding)
     own = [facts for facts in catalog().values() if facts.provider == provider]
     if embedding.model is None and (len(own) > 1 or provider in ANY_MODEL):
         current = [facts.name for facts in own if facts.status == "active"]
@@ -199,23 +202,61 @@ def _uncatalogued(embedding: Embedding, name: str) -> ModelFacts:
             f"embedding.dimension: missing. Nothing is known here about the model {name!r}; say "
             "how many numbers its vectors have."
         )
+    return _facts(
+        embedding,
+        name,
+        dimensions=[embedding.dimension],
+        unit_vectors=False,
+        tokens_per_request=32_000,
+        source=UNLISTED,
+    )
+
+
+def _local(embedding: Embedding) -> ModelFacts:
+    """What the files of a model say that runs on this machine, where nothing has a price."""
+    if embedding.model is None:
+        raise SettingsError(
+            "embedding.model: missing. Name a folder with a model of sentence-transformers, or "
+            f"one on the Hugging Face hub, say {EXAMPLE}."
+        )
+    model = read_model(embedding.model, embedding.backend)
+    longest = model.dimension or embedding.dimension
+    if longest is None:
+        raise SettingsError(
+            f"embedding.dimension: missing. The files of {model.name} do not say how many numbers "
+            "its vectors have; set it."
+        )
+    return _facts(
+        embedding,
+        model.name,
+        context_tokens=model.longest,
+        dimensions=None,
+        default_dimension=longest,
+        min_dimension=1,
+        max_dimension=longest,
+        unit_vectors=True,
+        # A few seconds of work, so that little is lost with a run that dies.
+        tokens_per_request=16_000,
+        source=f"the files of {model.name}",
+    )
+
+
+def _facts(embedding: Embedding, name: str, **known: object) -> ModelFacts:
+    """What is known of a model that has no entry in the catalog."""
     return ModelFacts.model_validate(
         {
             "provider": embedding.provider,
             "name": name,
             "status": "active",
             "context_tokens": None,
-            "dimensions": [embedding.dimension],
             "output_dtypes": ["float"],
-            "unit_vectors": False,
             "usd_per_million_tokens": 0.0,
             "free_tokens": 0,
             "batch_lane": False,
             "texts_per_request": 256,
-            "tokens_per_request": 32_000,
             "tiers": None,
-            "source": UNLISTED,
             "date": date(1970, 1, 1),
+            **known,
         }
     )
 
@@ -273,27 +314,36 @@ def _check_dtype(dtype: str, facts: ModelFacts) -> None:
         )
 
 
-_ON_THIS_MACHINE = "runs on this machine and has no use for it; leave it out"
+_NO_USE = "has no use for it; leave it out"
+_ON_THIS_MACHINE = f"runs on this machine and {_NO_USE}"
+
+
+def _unused(why: str, **harmless: str | None) -> dict[str, tuple[tuple[str | None, ...], str]]:
+    return {key: ((value,), why) for key, value in harmless.items()}
+
+
+_ACCOUNT: dict[str, str | None] = {"base_url": None, "api_key_block": None}
+_LOCAL_MODEL: dict[str, str | None] = {"device": None, "backend": "torch", "precision": None}
 _UNUSED: dict[str, dict[str, tuple[tuple[str | None, ...], str]]] = {
-    "lexical": {
-        "base_url": ((None,), _ON_THIS_MACHINE),
-        "api_key_block": ((None,), _ON_THIS_MACHINE),
-        "tokenizer": ((None,), _ON_THIS_MACHINE),
-        "input_type": (("document",), _ON_THIS_MACHINE),
-    },
+    "lexical": _unused(
+        _ON_THIS_MACHINE, **_ACCOUNT, tokenizer=None, input_type="document", **_LOCAL_MODEL
+    ),
+    "voyage": _unused(_NO_USE, **_LOCAL_MODEL),
     "openai": {
         "input_type": (
             ("document", None),
             "has an API that is not told what a text is; leave it out",
         ),
+        **_unused(_NO_USE, **_LOCAL_MODEL),
     },
+    "sentence-transformers": _unused(_ON_THIS_MACHINE, **_ACCOUNT),
 }
 """By provider: keys without effect, the values that ask for none, and why there is none."""
 
 
 def _check_unused(embedding: Embedding) -> None:
     """Refuse what a provider would silently ignore."""
-    for key, (harmless, why) in _UNUSED.get(embedding.provider, {}).items():
+    for key, (harmless, why) in _UNUSED[embedding.provider].items():
         if getattr(embedding, key) not in harmless:
             raise SettingsError(f"embedding.{key}: {embedding.provider!r} {why}.")
 

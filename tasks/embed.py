@@ -88,6 +88,7 @@ def embed_batch(batch: Batch, terms: Terms, attempt: int) -> Embedded:
     sender = sender_of(terms)
     with sender.at_work():
         try:
+            terms.provider.prepare()  # in each process; the flow's own has done so
             return _Embedding(batch, terms, attempt).run()
         except StorageFailed as error:  # what is sent from now on could not be kept either
             sender.stop(RunStopped(str(error)))

@@ -10,18 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from tasks.addresses import HttpAddress, LocalPath, StoragePath
+from tasks.addresses import HttpAddress, LocalPath, StoragePath, folder_or_name
 from tasks.errors import SettingsError
+from tasks.yaml_file import lay_over, read_yaml
 
 
 class Settings(BaseModel):
@@ -80,9 +81,12 @@ Source = Annotated[FilesSource | TableSource, Field(discriminator="kind")]
 class Embedding(Settings):
     """Who embeds, and how long the vectors are."""
 
-    provider: Literal["lexical", "voyage", "openai"]
+    provider: Literal["lexical", "voyage", "openai", "sentence-transformers"]
     model: str | None = Field(
-        default=None, description="Name in configs/models.yaml; of openai any."
+        default=None,
+        min_length=1,
+        description="Name in configs/models.yaml; of openai any; for sentence-transformers a "
+        "folder, or a name on the Hugging Face hub.",
     )
     dimension: int | None = Field(default=None, ge=1, description="null: the model's default.")
     output_dtype: str = Field(default="float", description="float, or ubinary: a bit a number.")
@@ -106,6 +110,26 @@ class Embedding(Settings):
         description="Columns that stand in front of each text when it is embedded: document, for "
         "files title, for tables any that is kept. Another choice is another space.",
     )
+    device: str | None = Field(
+        default=None,
+        pattern=r"^(cpu|mps|cuda(:\d+)?)$",
+        description="Where a local model runs: cpu, cuda, cuda:1 or mps; null: the best there is.",
+    )
+    backend: Literal["torch", "onnx", "openvino"] = Field(
+        default="torch", description="What runs a local model."
+    )
+    precision: Literal["float32", "float16", "bfloat16"] | None = Field(
+        default=None,
+        description="What a local model computes in; null: as it was saved, or float32 where "
+        "backend is not torch.",
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _folder_is_absolute(cls, model: str | None, info: ValidationInfo) -> str | None:
+        if model is None or info.data.get("provider") != "sentence-transformers":
+            return model
+        return folder_or_name(model, info)
 
     @field_validator("prepend")
     @classmethod
@@ -264,7 +288,7 @@ def load_config(path: str | Path, settings: Sequence[str] = ()) -> Config:
         SettingsError: The file cannot be read, or a key or value in it is wrong.
     """
     file = Path(path).expanduser().resolve()
-    values = _read_yaml(file)
+    values = read_yaml(file)
     for setting in settings:
         lay_over(values, setting)
     try:
@@ -303,59 +327,6 @@ def project_folder(file: Path) -> Path:
         if (parent / "prefect.yaml").is_file():
             return parent
     return file.parent
-
-
-class _EachKeyOnce(yaml.SafeLoader):
-    """Refuses a mapping that holds a key twice, of which YAML would keep the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)  # noqa: S506 - it is safe
-    except FileNotFoundError:
-        raise SettingsError(f"There is no config file at {file}.") from None
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{file} is not UTF-8 text: {error.reason}.") from None
-    except OSError as error:
-        raise SettingsError(f"{file} cannot be read: {error.strerror}.") from None
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{file} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise SettingsError(f"{file} must hold keys and values, such as `name: docs`.")
-    return values
-
-
-def lay_over(values: dict[str, Any], setting: str) -> None:
-    """Set the one value that `setting` ("a.b=c") names; c is read as YAML.
-
-    Raises:
-        SettingsError: It names no value, or c is not valid YAML.
-    """
-    path, equals, text = setting.partition("=")
-    keys = [key.strip() for key in path.split(".")]
-    if not equals or not all(keys):
-        raise SettingsError(f"{setting!r} is no setting; write it as `key=value`, say `name=docs`.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise SettingsError(f"The value in {setting!r} is not valid YAML.") from None
-    if isinstance(value, bool) and text.strip().lower() not in {"true", "false"}:
-        value = text.strip()  # YAML 1.1 takes `no` and `on` for switches, a path is none
-    for key in keys[:-1]:
-        inner = values.setdefault(key, {})
-        if not isinstance(inner, dict):
-            raise SettingsError(f"{setting!r}: {key!r} has no keys of its own.")
-        values = inner
-    values[keys[-1]] = value
 
 
 def _explain(error: ValidationError, what: str | Path) -> str:

@@ -87,7 +87,6 @@ class Sender:
         if isinstance(provider.estimate, Estimate):
             space = provider.space
             self._calibration = load(folder.state_uri, space.provider, space.model)
-        provider.prepare()
         self.answers = 0
         self.refusals = 0
         self.proven = False
