@@ -572,6 +572,10 @@ def half(handler: BaseHTTPRequestHandler, whole: bytes) -> None:
     handler.wfile.write(whole[: len(whole) // 2])
 
 
+def damaged(handler: BaseHTTPRequestHandler, whole: bytes) -> None:
+    handler.wfile.write(whole.replace(b"\x1f\x8b", b"zz"))
+
+
 def hang(_: BaseHTTPRequestHandler, __: bytes) -> None:
     time.sleep(1.5)
 
@@ -615,11 +619,7 @@ def test_packed_replies_are_read(server: Server) -> None:
     assert np.array_equal(provider(server).embed(texts).vectors, WORDS.embed(texts).vectors)
     server.fail(422, TEI)
     assert type(failed(provider(server), texts)) is BatchTooLarge
-
-    def no_longer_packed(handler: BaseHTTPRequestHandler, whole: bytes) -> None:
-        handler.wfile.write(whole.replace(b"\x1f\x8b", b"zz"))
-
-    server.send = no_longer_packed
+    server.send = damaged
     assert type(failed(provider(server), texts)) is AnswerRejected
 
 
