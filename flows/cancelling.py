@@ -1,8 +1,8 @@
 """Cancelling: what a run still does after Ctrl-C, SIGTERM or a cancel in the Prefect UI.
 
-All of them arrive as an exception in the main thread. What waits is not sent any more;
-answers in flight are paid for, so the run waits a while for them; what it began to publish
-is published to the end.
+All of them arrive as an exception in the main thread. The sender settles: what waits is not
+sent any more, and answers in flight, which are paid for, are waited for a while. What the run
+began to publish is published to the end.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,7 @@ from typing import TypeVar
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment, flow_run
 
-from tasks.errors import EmbedOnceError, RunStopped
-from tasks.progress import Progress, tell
-from tasks.sender import Sender
+from tasks.errors import EmbedOnceError
 
 T = TypeVar("T")
 
@@ -25,24 +23,6 @@ CANCELS = (KeyboardInterrupt, TerminationSignal)
 ENDS = (*CANCELS, SystemExit)
 """What ends a run from outside: Prefect's log raises the last when the worker that reads it
 is gone."""
-
-ANSWERS_S = 20.0
-"""So long answers in flight are waited for. Prefect kills a cancelled run after 30 s; the
-rest of them is for the cache, the ledger and the artifacts."""
-
-GIVEN_UP_S = 2.0
-"""So long a batch may take to notice that its call was given up."""
-
-
-def settle(sender: Sender) -> None:
-    """Send nothing more, and wait for answers in flight; another cancel ends the wait."""
-    sender.stop(RunStopped("The run was cancelled."))
-    tell(Progress("cancelling", note="cancelled: waiting for answers in flight"))
-    try:
-        sender.rest(ANSWERS_S)
-    finally:
-        sender.give_up()
-    sender.rest(GIVEN_UP_S)
 
 
 def told(end: BaseException) -> tuple[str, str]:

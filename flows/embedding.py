@@ -12,10 +12,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import task_run
 
-from flows.cancelling import ENDS, settle
+from flows.cancelling import ENDS
 from tasks.artifacts import ProgressArtifact
 from tasks.claims import Shared, take_up
-from tasks.embed import Embedded, embed_batch, retry_when_busy
+from tasks.embed import RETRIES, Embedded, embed_batch, retry_when_busy
 from tasks.errors import EmbedOnceError, RunStopped, StorageFailed
 from tasks.fill import Filled, Filling
 from tasks.journal import RunFolder, fold
@@ -36,7 +36,7 @@ WAVE = 2
 @task(
     name="embed batch",
     task_run_name="embed batch {batch.number}",
-    retries=7,  # what lasts longer than their delays, two minutes, ends the run
+    retries=RETRIES,
     retry_condition_fn=retry_when_busy,
     cache_policy=NO_CACHE,
     persist_result=False,
@@ -74,6 +74,8 @@ def embed_all(
         max_wait_s=config.limits.max_wait,
         shared=config.limits.shared,
     )
+    if found.packed.texts:  # a model may take long to load, and a run with nothing new needs none
+        found.provider.prepare()
     sender = sender_of(terms, found.cache)
     filling = Filling(
         reader=found.reader,
@@ -103,7 +105,7 @@ def embed_all(
                         break
             collected.take(down_to=0)
         except ENDS:
-            settle(sender)
+            sender.settle("The run was cancelled.")
             with suppress(EmbedOnceError):  # then the next run folds them
                 fold(folder, found.cache)
             raise

@@ -43,6 +43,16 @@ StoragePath = Annotated[str, Field(min_length=1), AfterValidator(_at_home_or_sto
 """The same, or the address of a place in an object store, such as `s3://bucket/prefix`."""
 
 
+def folder_or_name(model: str, info: ValidationInfo) -> str:
+    """The absolute path of a folder, or `model` as it stands: a name on a hub of models.
+
+    What is written like a path, or is a folder, is a path; `owner/name` may be either.
+    """
+    path = _at_home(model, info)
+    written_as_path = model.startswith(("/", "./", "../", "~", "file://")) or model in {".", ".."}
+    return path if written_as_path or Path(path).is_dir() else model
+
+
 def _address(url: str) -> str:
     """`url`, if it can be the address of an API and holds no secret."""
     parts = urlsplit(url)

@@ -13,10 +13,17 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from tasks.errors import SettingsError
 from tasks.limits import Limits
 from tasks.params import Embedding, LimitSettings, Settings
+from tasks.providers.model_folder import EXAMPLE, read_model
 
 # An installed package carries the file beside this module; a checkout has it at its root.
 _INSTALLED = Path(__file__).parent / "configs" / "models.yaml"
 _CHECKOUT = Path(__file__).parents[1] / "configs" / "models.yaml"
+
+ANY_MODEL = ("openai",)
+"""Providers that serve models no catalog can list."""
+
+UNLISTED = "the config"
+"""Source of what is assumed of such a model."""
 
 STORABLE = ("float", "ubinary")
 """What the index can hold: float for cosine, l2 and dot, packed bits for hamming."""
@@ -33,13 +40,19 @@ class Tier(Settings):
 
 
 FREE_TRIAL = Tier(requests_per_minute=3, tokens_per_minute=10_000)
-"""Every model, for an account without a payment method (Voyage docs, rate limits, 2026)."""
+"""Every model of Voyage, for an account without a payment method (docs, rate limits, 2026)."""
+
+_FREE = {
+    "voyage": FREE_TRIAL,
+    "openai": Tier(requests_per_minute=100, tokens_per_minute=40_000),
+}
+"""By provider; of OpenAI its model pages, 2026."""
 
 
 class ModelFacts(Settings):
     """One model of one provider; every number has the source and date below it."""
 
-    provider: Literal["lexical", "voyage"]
+    provider: Literal["lexical", "voyage", "openai", "sentence-transformers"]
     name: str
     status: Literal["active", "legacy"]
     context_tokens: int | None = Field(ge=1, description="Longest text; null is any.")
@@ -92,7 +105,7 @@ class ModelFacts(Settings):
         """The limits a minute at usage tier 1, 2 or 3, or "free", without a payment method."""
         if self.tiers is None:
             return Tier()
-        return FREE_TRIAL if name == "free" else self.tiers[int(name)]
+        return _FREE[self.provider] if name == "free" else self.tiers[int(name)]
 
     def usd(self, tokens: int) -> float:
         """List price of `tokens`, in US dollars."""
@@ -142,9 +155,19 @@ def facts_for(embedding: Embedding) -> ModelFacts:
         SettingsError: No such model, a model of another provider, or a dimension that the
             model does not offer.
     """
+    facts = _catalogued(embedding)
+    _check_dimension(embedding.dimension, facts)
+    _check_dtype(embedding.output_dtype, facts)
+    _check_unused(embedding)
+    return facts
+
+
+def _catalogued(embedding: Embedding) -> ModelFacts:
     provider = embedding.provider
+    if provider == "sentence-transformers":
+        return _local(embedding)
     own = [facts for facts in catalog().values() if facts.provider == provider]
-    if embedding.model is None and len(own) > 1:
+    if embedding.model is None and (len(own) > 1 or provider in ANY_MODEL):
         current = [facts.name for facts in own if facts.status == "active"]
         raise SettingsError(
             f"embedding.model: missing. Provider {provider!r} has several models; "
@@ -154,6 +177,8 @@ def facts_for(embedding: Embedding) -> ModelFacts:
     name = own[0].name if embedding.model is None else embedding.model
     facts = catalog().get(name)
     names = [facts.name for facts in own]
+    if facts not in own and provider in ANY_MODEL:
+        return _uncatalogued(embedding, name)
     if facts is None:
         raise SettingsError(
             f"embedding.model: {name!r} is unknown.{_did_you_mean(name, names)} "
@@ -167,10 +192,73 @@ def facts_for(embedding: Embedding) -> ModelFacts:
             f"embedding.model to one of {_listed(names)}.",
             models=names,
         )
-    _check_dimension(embedding.dimension, facts)
-    _check_dtype(embedding.output_dtype, facts)
-    _check_unused(embedding)
     return facts
+
+
+def _uncatalogued(embedding: Embedding, name: str) -> ModelFacts:
+    """What is assumed of a model of which nobody but the config says anything; it has no price."""
+    if embedding.dimension is None:
+        raise SettingsError(
+            f"embedding.dimension: missing. Nothing is known here about the model {name!r}; say "
+            "how many numbers its vectors have."
+        )
+    return _facts(
+        embedding,
+        name,
+        dimensions=[embedding.dimension],
+        unit_vectors=False,
+        tokens_per_request=32_000,
+        source=UNLISTED,
+    )
+
+
+def _local(embedding: Embedding) -> ModelFacts:
+    """What the files of a model say that runs on this machine, where nothing has a price."""
+    if embedding.model is None:
+        raise SettingsError(
+            "embedding.model: missing. Name a folder with a model of sentence-transformers, or "
+            f"one on the Hugging Face hub, say {EXAMPLE}."
+        )
+    model = read_model(embedding.model, embedding.backend)
+    longest = model.dimension or embedding.dimension
+    if longest is None:
+        raise SettingsError(
+            f"embedding.dimension: missing. The files of {model.name} do not say how many numbers "
+            "its vectors have; set it."
+        )
+    return _facts(
+        embedding,
+        model.name,
+        context_tokens=model.longest,
+        dimensions=None,
+        default_dimension=longest,
+        min_dimension=1,
+        max_dimension=longest,
+        unit_vectors=True,
+        # A few seconds of work, so that little is lost with a run that dies.
+        tokens_per_request=16_000,
+        source=f"the files of {model.name}",
+    )
+
+
+def _facts(embedding: Embedding, name: str, **known: object) -> ModelFacts:
+    """What is known of a model that has no entry in the catalog."""
+    return ModelFacts.model_validate(
+        {
+            "provider": embedding.provider,
+            "name": name,
+            "status": "active",
+            "context_tokens": None,
+            "output_dtypes": ["float"],
+            "usd_per_million_tokens": 0.0,
+            "free_tokens": 0,
+            "batch_lane": False,
+            "texts_per_request": 256,
+            "tiers": None,
+            "date": date(1970, 1, 1),
+            **known,
+        }
+    )
 
 
 def dimension_of(embedding: Embedding) -> int:
@@ -226,24 +314,45 @@ def _check_dtype(dtype: str, facts: ModelFacts) -> None:
         )
 
 
+_NO_USE = "has no use for it; leave it out"
+_ON_THIS_MACHINE = f"runs on this machine and {_NO_USE}"
+
+
+def _unused(why: str, **harmless: str | None) -> dict[str, tuple[tuple[str | None, ...], str]]:
+    return {key: ((value,), why) for key, value in harmless.items()}
+
+
+_ACCOUNT: dict[str, str | None] = {"base_url": None, "api_key_block": None}
+_LOCAL_MODEL: dict[str, str | None] = {"device": None, "backend": "torch", "precision": None}
+_UNUSED: dict[str, dict[str, tuple[tuple[str | None, ...], str]]] = {
+    "lexical": _unused(
+        _ON_THIS_MACHINE, **_ACCOUNT, tokenizer=None, input_type="document", **_LOCAL_MODEL
+    ),
+    "voyage": _unused(_NO_USE, **_LOCAL_MODEL),
+    "openai": {
+        "input_type": (
+            ("document", None),
+            "has an API that is not told what a text is; leave it out",
+        ),
+        **_unused(_NO_USE, **_LOCAL_MODEL),
+    },
+    "sentence-transformers": _unused(_ON_THIS_MACHINE, **_ACCOUNT),
+}
+"""By provider: keys without effect, the values that ask for none, and why there is none."""
+
+
 def _check_unused(embedding: Embedding) -> None:
-    """Refuse what a provider on this machine would silently ignore."""
-    if embedding.provider != "lexical":
-        return
-    given = {"base_url": None, "api_key_block": None, "tokenizer": None, "input_type": "document"}
-    for key, default in given.items():
-        if getattr(embedding, key) != default:
-            raise SettingsError(
-                f"embedding.{key}: {embedding.provider!r} runs on this machine and has no use "
-                "for it; leave it out."
-            )
+    """Refuse what a provider would silently ignore."""
+    for key, (harmless, why) in _UNUSED[embedding.provider].items():
+        if getattr(embedding, key) not in harmless:
+            raise SettingsError(f"embedding.{key}: {embedding.provider!r} {why}.")
 
 
 def _within(unit: str, asked: int | None, cap: int, facts: ModelFacts) -> int:
-    """`asked` or the model's own `cap`, which no config can raise."""
+    """`asked` or the model's own `cap`, which no config can raise where it is known."""
     if asked is None:
         return cap
-    if asked > cap:
+    if asked > cap and facts.source != UNLISTED:
         raise SettingsError(
             f"limits.{unit}_per_request: {asked} is more than {facts.name!r} takes in one "
             f"request. Set it to {cap} or less; null is {cap}.",

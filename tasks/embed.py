@@ -7,14 +7,13 @@ what may work later is left to the caller's retries, which send only what is sti
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -35,12 +34,15 @@ from tasks.journal import read_answer
 from tasks.keys import KeySet
 from tasks.limits import Learned
 from tasks.notes import Call, Refused
+from tasks.part import Part
 from tasks.providers import Vectors, checked_vectors
 from tasks.quota import Sending
 from tasks.schemas import BATCH, Batch
 from tasks.sender import PROOF_AFTER, Terms, sender_of
 
 PROOF = "The quick brown fox jumps over the lazy dog."
+RETRIES = 7
+"""So often a batch is tried again; what lasts longer than the delays, two minutes, is an outage."""
 REACHED_ATTEMPTS = 3
 """So often an address is tried where nobody has answered in this run."""
 TRUSTED_ATTEMPTS = 2
@@ -86,38 +88,27 @@ def embed_batch(batch: Batch, terms: Terms, attempt: int) -> Embedded:
     sender = sender_of(terms)
     with sender.at_work():
         try:
+            terms.provider.prepare()  # in each process; the flow's own has done so
             return _Embedding(batch, terms, attempt).run()
         except StorageFailed as error:  # what is sent from now on could not be kept either
             sender.stop(RunStopped(str(error)))
             raise
 
 
+def embed_with_retries(batch: Batch, terms: Terms, retries: int = RETRIES) -> Embedded:
+    """Embed `batch` as `embed_batch` does, and try again what may work later."""
+    sender = sender_of(terms)
+    for attempt in range(1, retries + 1):
+        try:
+            return embed_batch(batch, terms, attempt)
+        except ProviderBusy:
+            sender.pause_before(attempt + 1)
+    return embed_batch(batch, terms, retries + 1)
+
+
 def retry_when_busy(_task: Any, _task_run: Any, state: Any) -> bool:
     """Ask again only when that can help. Prefect ignores anything but a plain function here."""
     return isinstance(state.result(raise_on_failure=False), ProviderBusy)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows of a batch that go into one call, and why they do."""
-
-    rows: pa.Table
-    cause: str
-    texts: list[str] = field(repr=False)
-
-    @classmethod
-    def of(cls, rows: pa.Table, cause: str) -> "_Part":
-        return cls(rows, cause, rows.column("text").to_pylist())
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def take(self, positions: Sequence[int] | npt.NDArray[np.int64], cause: str) -> "_Part":
-        return _Part.of(self.rows.take(pa.array(positions, pa.int64())), cause)
-
-    def halves(self, cause: str) -> list["_Part"]:
-        middle = (len(self) + 1) // 2
-        return [self.take(range(middle), cause), self.take(range(middle, len(self)), cause)]
 
 
 @dataclass(frozen=True)
@@ -142,7 +133,7 @@ class _Embedding:
         self._cause = ("verify" if terms.anew else "first") if attempt == 1 else "retry"
         self._calls = 0
         self._answers = self._sender.answers
-        self._suspects: list[tuple[_Part, str]] = []
+        self._suspects: list[tuple[Part, str]] = []
         self._refused: list[Refused] = []
         self._written: list[str] = []
         self._put_off: list[pa.Table] = []
@@ -150,9 +141,9 @@ class _Embedding:
 
     def run(self) -> Embedded:
         rows = self._unanswered(self._batch.table.load(BATCH))
-        todo: deque[_Part] = deque()
+        todo: deque[Part] = deque()
         if rows.num_rows:
-            todo.append(_Part.of(rows, self._cause))
+            todo.append(Part.of(rows, self._cause))
         try:
             while todo or self._put_off:
                 part = todo.popleft() if todo else self._let_go_by_others()
@@ -190,15 +181,15 @@ class _Embedding:
         keys = KeySet(pa.concat_arrays([settled, *known]))
         return rows.filter(pa.array(~keys.holds(rows.column("text_hash"))))
 
-    def _send(self, part: _Part) -> list[_Part]:
+    def _send(self, part: Part) -> list[Part]:
         """Send `part`, or as much of it as fits; what comes back is still to be sent."""
         try:
             return self._sent(part)
         finally:  # an answer is in the journal by now
             self._sender.claims.release(self._batch.number)
 
-    def _sent(self, part: _Part) -> list[_Part]:
-        piece, rest = part, list[_Part]()
+    def _sent(self, part: Part) -> list[Part]:
+        piece, rest = part, list[Part]()
         try:
             with ExitStack() as stack:
                 since = time.perf_counter()
@@ -213,7 +204,7 @@ class _Embedding:
                 space = self._provider.space
                 self._written.append(self._folder.write_answer(hashes, vectors, space, call))
         except ProviderThrottled:
-            return [_Part(piece.rows, "wait", piece.texts), *rest]
+            return [Part(piece.rows, "wait", piece.texts), *rest]
         except BatchTooLarge as error:
             return self._split(piece, error) + rest
         except BatchRefused as error:
@@ -230,7 +221,7 @@ class _Embedding:
         self._sender.learn(piece.texts, call.tokens_billed)
         return rest
 
-    def _claimed(self, part: _Part) -> tuple[_Part, list[_Part], int]:
+    def _claimed(self, part: Part) -> tuple[Part, list[Part], int]:
         """What of `part` this run may send in one call, what comes after it, and its tokens."""
         fits, tokens = self._sender.fitting(part.texts)
         rest = [part.take(range(fits, len(part)), "split")] if fits < len(part) else []
@@ -244,18 +235,18 @@ class _Embedding:
         piece = self._sorted(piece, standing)
         return piece, rest, self._sender.fitting(piece.texts)[1]
 
-    def _sorted(self, part: _Part, standing: Standing) -> _Part:
+    def _sorted(self, part: Part, standing: Standing) -> Part:
         """What is free of `part`; what is found is noted, and what is taken put off."""
         self._found.append(part.rows.filter(pa.array(standing.found)))
         if standing.taken.any():
             self._put_off.append(part.rows.filter(pa.array(standing.taken)))
         return part.take(np.flatnonzero(standing.free), part.cause)
 
-    def _let_go_by_others(self) -> _Part:
+    def _let_go_by_others(self) -> Part:
         """What another run had claimed and has not embedded; waits until any of it is settled."""
         rows, self._put_off = pa.concat_tables(self._put_off), []
         standing = self._sender.wait_for_others(rows.column("text_hash").combine_chunks())
-        return self._sorted(_Part.of(rows, self._cause), standing)
+        return self._sorted(Part.of(rows, self._cause), standing)
 
     @contextmanager
     def _turn(self, texts: int, tokens: int, since: float) -> Iterator[_Turn]:
@@ -296,11 +287,12 @@ class _Embedding:
                 usd=billed * self._terms.usd_per_million_tokens / 1e6,
                 request_id=request_id,
             )
+            self._sender.calls.append(call)
             if vectors is None:
                 self._folder.note(call)
         return vectors, call
 
-    def _split(self, part: _Part, error: BatchTooLarge) -> list[_Part]:
+    def _split(self, part: Part, error: BatchTooLarge) -> list[Part]:
         """Send less at once, by what the provider has just said, or else the half."""
         counted = error.facts.get("tokens")
         self._sender.too_large(part.texts, counted, error.facts.get("learned", Learned()))
@@ -312,10 +304,10 @@ class _Embedding:
             self._refuse(part, reason, lasting=counted is not None)
             return []
         if self._sender.fitting(part.texts)[0] < len(part):
-            return [_Part(part.rows, "split", part.texts)]  # cut when its turn comes
+            return [Part(part.rows, "split", part.texts)]  # cut when its turn comes
         return part.halves("split")
 
-    def _isolate(self, part: _Part, error: BatchRefused) -> list[_Part]:
+    def _isolate(self, part: Part, error: BatchRefused) -> list[Part]:
         """Cut the texts off that the provider blames, or halve `part` to find them."""
         if len(part) == 1:
             self._suspect(part, str(error))
@@ -326,7 +318,7 @@ class _Embedding:
             return [part.take(rest, "isolate"), part.take(named, "isolate")]
         return part.halves("isolate")
 
-    def _doubt(self, part: _Part, error: AnswerRejected) -> list[_Part]:
+    def _doubt(self, part: Part, error: AnswerRejected) -> list[Part]:
         """Ask once more for all of it; then only the texts that got no good vector are doubted."""
         bad = error.facts.get("positions", ())
         if self._attempt < TRUSTED_ATTEMPTS or not bad:
@@ -341,7 +333,7 @@ class _Embedding:
         self._suspect(part, str(error))
         return []
 
-    def _suspect(self, part: _Part, reason: str) -> None:
+    def _suspect(self, part: Part, reason: str) -> None:
         """Put one text aside that seems to be bad."""
         self._suspects.append((part, reason))
         self._sender.refuses()
@@ -381,7 +373,7 @@ class _Embedding:
             self._sender.works()
             return
 
-    def _refuse(self, part: _Part, reason: str, *, lasting: bool) -> None:
+    def _refuse(self, part: Part, reason: str, *, lasting: bool) -> None:
         """Give up one text."""
         (text_hash,) = part.rows.column("text_hash").to_pylist()
         refused = Refused(text_hash, reason, lasting and self._terms.on_error == "quarantine")

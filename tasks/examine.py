@@ -13,6 +13,7 @@ from tasks.cache import Cache
 from tasks.index import reading_index
 from tasks.keys import KeySet, digest_column, first_of_each
 from tasks.lance import read_located
+from tasks.prepare import PLAIN, Preparation
 from tasks.providers import Space
 from tasks.schemas import HASH
 from tasks.soundness import SAME, Fault, Faults, distances, faults_of, numbers
@@ -95,8 +96,9 @@ class Rows:
         hashes: text_hash of each row.
         row_ids: Where it is in the table.
         faults: What is wrong with its vector; later stages add what they find.
-        bad_hash: Whether its text_hash is not that of its text.
+        bad_hash: Whether its text_hash is not that of its text and of what stood in front.
         unlike: Whether the cache has another vector for its text.
+        preparation: What stood in front of the texts when they were sent.
     """
 
     table: Table
@@ -105,20 +107,23 @@ class Rows:
     faults: Faults
     bad_hash: Flags
     unlike: Flags
+    preparation: Preparation = PLAIN
 
     def __len__(self) -> int:
         return len(self.hashes)
 
     @classmethod
-    def of(cls, table: Table, space: Space, entries: Entries) -> "Rows":
+    def of(
+        cls, table: Table, space: Space, entries: Entries, preparation: Preparation = PLAIN
+    ) -> "Rows":
         """All of `table`, held against the cache."""
         of_type = table.schema.field("vector").type == space.vector_type
-        columns = ["text", "text_hash", *(["vector"] if of_type else [])]
+        columns = ["text", *preparation.names, "text_hash", *(["vector"] if of_type else [])]
         hashes, row_ids, faults, bad_hash, unlike = [], [], [], [], []
         for batch in read_located(table, columns):
             hashes.append(_own(batch.column("text_hash")))
             row_ids.append(batch.column("_rowid").to_numpy().copy())
-            digests = digest_column(batch.column("text"))
+            digests = digest_column(preparation.texts(batch))
             bad_hash.append(pc.not_equal(digests, hashes[-1]).to_numpy(zero_copy_only=False))
             if of_type:
                 faults.append(faults_of(batch.column("vector"), space))
@@ -134,12 +139,17 @@ class Rows:
             faults=np.concatenate([np.empty(0, np.uint8), *faults]),
             bad_hash=np.concatenate([np.empty(0, bool), *bad_hash]),
             unlike=np.concatenate([np.empty(0, bool), *unlike]),
+            preparation=preparation,
         )
 
     @property
     def good(self) -> Flags:
         """For each row whether its vector is one to rely on, as far as is known."""
         return np.asarray((self.faults == Fault.SOUND) & ~self.bad_hash)
+
+    def texts(self, at: npt.NDArray[np.int64]) -> pa.Array:
+        """The texts at these positions as they are sent."""
+        return self.preparation.texts(self.take(at, ["text", *self.preparation.names]))
 
     def take(self, at: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
         """The rows at these positions, in their order; each position once."""

@@ -5,10 +5,9 @@ and writes down the rows that the index will gain. A document that changed again
 first pass keeps its old rows: the next run sees it as it is then.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ from tasks.keys import (
     first_of_each,
     identified,
 )
-from tasks.limits import Limits, Packer
+from tasks.limits import Packer, Sizes
 from tasks.read import Reader, ReadNotes
 from tasks.schemas import (
     BATCH,
@@ -58,16 +57,6 @@ class Filled:
     updates: int
     unsettled: int
     left_out: pa.Table
-
-
-class Sizes(Protocol):
-    """What is known by now of the sizes of texts and of calls."""
-
-    def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
-        """Estimated tokens of each of `texts`."""
-
-    def request_limits(self) -> Limits:
-        """What one call takes, with a margin for estimates."""
 
 
 class Filling:
@@ -110,11 +99,11 @@ class Filling:
                 writer.write_batch(rows)
                 for number, part in self._missing_texts(rows):
                     if number != current:
-                        yield self._batch(current, waiting)
+                        yield Batch.write(current, self._folder, waiting)
                         current, waiting = number, []
                     waiting.append(part)
         if waiting:
-            yield self._batch(current, waiting)
+            yield Batch.write(current, self._folder, waiting)
 
     def finish(self, without: pa.Array) -> Filled:
         """Leave out what did not come again, what goes with it, and what has no vector.
@@ -207,7 +196,7 @@ class Filling:
         chunks = self._reader.chunks(
             ReadNotes(), wanted=lambda document: document_key(document) in documents
         )
-        for rows in identified(chunks, self._reader.metadata):
+        for rows in identified(chunks, self._reader.metadata, self._reader.preparation):
             keys = digest_column(rows.column("id"))
             at = self._keys.positions(keys)
             once = np.zeros(len(at), dtype=bool)
@@ -232,22 +221,18 @@ class Filling:
         if not len(take):
             return
         self._sent[at[take]] = True
-        texts = rows.take(pa.array(take))
-        tokens = self._sizes.counts(texts.column("text").to_pylist())
+        missing = rows.take(pa.array(take))
+        texts = self._reader.preparation.texts(missing)
+        tokens = self._sizes.counts(texts.to_pylist())
         self._packer.limits = self._sizes.request_limits()
         numbers = np.array([self._packer.place(int(count)) for count in tokens])
         table = pa.record_batch(
-            [texts.column("text_hash"), texts.column("text"), pa.array(tokens, pa.int32())],
+            [missing.column("text_hash"), texts, pa.array(tokens, pa.int32())],
             schema=BATCH,
         )
         starts = np.flatnonzero(np.diff(numbers, prepend=-1))
         for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
             yield int(numbers[start]), table.slice(start, end - start)
-
-    def _batch(self, number: int, parts: list[pa.RecordBatch]) -> Batch:
-        ref = TableRef.write(self._folder / f"batch-{number:08d}.arrow", BATCH, parts)
-        tokens = sum(int(np.sum(part.column("tokens").to_numpy())) for part in parts)
-        return Batch(number, ref, tokens)
 
 
 def _equal(left: pa.Array, right: pa.ChunkedArray) -> npt.NDArray[np.bool_]:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tasks.errors import CorpusError
 from tasks.keys import digest, first_of_each, identified, key_columns
 from tasks.limits import Estimator
+from tasks.prepare import Preparation
 from tasks.read import Reader, ReadNotes
 from tasks.schemas import KEYED, TableRef
 from tasks.stage import stage
@@ -23,12 +25,14 @@ class Keyed:
     Attributes:
         table: KEYED, one row a chunk in corpus order.
         notes: What the reader left out.
+        text_bytes: UTF-8 bytes of the texts of all chunks.
         read_s: Seconds spent reading and splitting.
         fingerprint_s: Seconds spent hashing.
     """
 
     table: TableRef
     notes: ReadNotes = field(repr=False)
+    text_bytes: int
     read_s: float
     fingerprint_s: float
 
@@ -48,16 +52,23 @@ def fingerprint(reader: Reader, estimate: Estimator, target: Path) -> Keyed:
     started = time.perf_counter()
     notes = ReadNotes()
     reading = _Timed(reader.chunks(notes))
-    rows = identified(reading, reader.metadata)
-    table = TableRef.write(target, KEYED, (_keys(batch, estimate) for batch in rows))
+    rows = identified(reading, reader.metadata, reader.preparation)
+    keys = (_keys(batch, reader.preparation, estimate) for batch in rows)
+    table = TableRef.write(target, KEYED, keys)
     _refuse_repeated(table, reader)
     total = time.perf_counter() - started
-    return Keyed(table, notes, read_s=reading.seconds, fingerprint_s=total - reading.seconds)
+    return Keyed(
+        table,
+        notes,
+        text_bytes=reading.text_bytes,
+        read_s=reading.seconds,
+        fingerprint_s=total - reading.seconds,
+    )
 
 
-def _keys(rows: pa.RecordBatch, estimate: Estimator) -> pa.RecordBatch:
+def _keys(rows: pa.RecordBatch, preparation: Preparation, estimate: Estimator) -> pa.RecordBatch:
     """KEYED for `rows`."""
-    tokens = estimate.counts(rows.column("text").to_pylist())
+    tokens = estimate.counts(preparation.texts(rows).to_pylist())
     columns = {
         **key_columns(rows),
         "tokens": pa.array(tokens, pa.int32()),
@@ -75,7 +86,7 @@ def _refuse_repeated(table: TableRef, reader: Reader) -> None:
     again = np.setdiff1d(np.arange(len(keys)), first)
     repeated = set(keys.take(pa.array(again)).to_pylist())
     names: list[str] = []
-    for batch in identified(reader.chunks(ReadNotes()), reader.metadata):
+    for batch in identified(reader.chunks(ReadNotes()), reader.metadata, reader.preparation):
         for id_ in batch.column("id").to_pylist():
             if digest(id_.encode()) in repeated and id_ not in names:
                 names.append(id_)
@@ -89,15 +100,18 @@ def _refuse_repeated(table: TableRef, reader: Reader) -> None:
 
 
 class _Timed(Iterator[pa.RecordBatch]):
-    """An iterator that knows how long it was waited for, in seconds."""
+    """An iterator that knows how long it was waited for, in seconds, and how much text it gave."""
 
     def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
         self._batches = batches
         self.seconds = 0.0
+        self.text_bytes = 0
 
     def __next__(self) -> pa.RecordBatch:
         started = time.perf_counter()
         try:
-            return next(self._batches)
+            batch = next(self._batches)
         finally:
             self.seconds += time.perf_counter() - started
+        self.text_bytes += pc.sum(pc.binary_length(batch.column("text"))).as_py() or 0
+        return batch

@@ -17,6 +17,7 @@ from tasks.errors import EmbedOnceError, IndexConflict, IndexHeld, LockLost, Set
 from tasks.keys import KeySet, key_columns
 from tasks.lance import PRIMARY_KEY, durable, open_table, read_batches, reading, sync_table
 from tasks.params import Index
+from tasks.prepare import taken_apart
 from tasks.progress import tell_waiting
 from tasks.providers import Space
 from tasks.schemas import INDEXED, TableRef, metadata_fields, rows_schema
@@ -113,9 +114,25 @@ def require_space(table: Table, index: Index, space: Space) -> None:
     if theirs != space:
         raise IndexConflict(
             f"The table {index.table!r} in {index.uri} holds vectors of {theirs}, the config asks "
-            f"for {space}. Vectors of two spaces cannot be compared: name another table in "
-            "index.table, and switch over when it is built."
+            f"for {space}{differences(theirs, space)}. Vectors of two spaces cannot be compared: "
+            "name another table in index.table, and switch over when it is built; or go back to "
+            "the embedding it was made with."
         )
+
+
+def differences(theirs: Space, ours: Space) -> str:
+    """What differs between two spaces beyond their names, to go on with a sentence."""
+    recipe, names = taken_apart(theirs.preparation)
+    our_recipe, our_names = taken_apart(ours.preparation)
+    told = []
+    if names != our_names:
+        stands, wanted = (" and ".join(each) or "nothing" for each in (names, our_names))
+        told.append(f"in front of its texts stands {stands}, embedding.prepend asks for {wanted}")
+    if theirs.input_type != ours.input_type:
+        told.append(f"its input_type is {theirs.input_type}, the config's is {ours.input_type}")
+    if recipe != our_recipe and theirs.provider == ours.provider:
+        told.append(f"its vectors are made by {recipe}, now they are by {our_recipe}")
+    return "".join(f"; {each}" for each in told)
 
 
 def reading_index(table: Table) -> AbstractContextManager[None]:

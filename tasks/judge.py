@@ -6,7 +6,6 @@ another space has for that text is of that space, and else the cache is believed
 were checked, with their digest, on the way from the provider.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,23 +15,22 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tasks.cache import Cache, caches_beside
-from tasks.embed import embed_batch
-from tasks.errors import ProviderBusy
+from tasks.embed import embed_with_retries
 from tasks.examine import Entries, Flags, Rows
 from tasks.journal import RunFolder, read_answer
 from tasks.keys import KeySet, first_of_each
-from tasks.limits import Packer
+from tasks.pack import cut
 from tasks.params import Config
 from tasks.providers import Provider, checked_vectors
-from tasks.schemas import BATCH, Batch, TableRef, vectors_schema
-from tasks.sender import Terms, forget_sender
+from tasks.schemas import Batch, vectors_schema
+from tasks.sender import Terms, forget_sender, sender_of
 from tasks.soundness import ALIKE, SAME, Fault, distances, numbers
 
 FREE_SAMPLE = 100
 """Rows embedded again where that costs nothing, beside all that are in doubt."""
 SEED = 20
 JUDGED_ROWS = 1024
-ATTEMPTS = 3
+RETRIES = 2
 
 Positions = npt.NDArray[np.int64]
 
@@ -76,15 +74,16 @@ def judge(rows: Rows, entries: Entries, asking: Asking) -> int:
     if asking.free:
         every = np.unique(np.concatenate([doubtful, sampled[: asking.sample]]))
         for at in _parts(every):
-            texts = rows.take(at, ["text"]).column("text").to_pylist()
-            _settle(rows, entries, at, _embedded(texts, asking.provider))
+            _settle(rows, entries, at, _embedded(rows.texts(at).to_pylist(), asking.provider))
             asked += len(at)
         return asked
     if asking.sample and asking.folder is not None:
         unlike = doubtful[rows.unlike[doubtful]]
         order = np.concatenate([unlike, sampled, doubtful])
         order = order[first_of_each(rows.hashes.take(pa.array(order)))][: asking.sample]
-        answers = _paid(rows.take(order, ["text_hash", "text"]), asking, asking.folder)
+        asked_for = [rows.hashes.take(pa.array(order)), rows.texts(order)]
+        texts = pa.Table.from_arrays(asked_for, names=["text_hash", "text"])
+        answers = _paid(texts, asking, asking.folder)
         asked = answers.num_rows
         known = KeySet(answers.column("text_hash"))
         judged = np.flatnonzero(known.holds(rows.hashes) & ~rows.bad_hash)
@@ -194,35 +193,11 @@ def _paid(texts: pa.Table, asking: Asking, folder: RunFolder) -> pa.Table:
         anew=True,
     )
     try:
-        for batch in _batches(texts, provider, folder):
-            _embed(batch, terms)
+        for number, rows in enumerate(cut(texts, sender_of(terms)), 1):
+            batch = Batch.write(number, folder.staging, rows.to_batches())
+            embed_with_retries(batch, terms, RETRIES)
     finally:
         forget_sender(folder)
     answers = [read_answer(folder, name) for name in folder.answers]
     tables = [answer.table.cast(schema) for answer in answers if answer is not None]
     return pa.concat_tables([schema.empty_table(), *tables])
-
-
-def _batches(texts: pa.Table, provider: Provider, folder: RunFolder) -> Iterator[Batch]:
-    """The texts as batches of one call each, as far as that can be told before."""
-    counts = provider.estimate.counts(texts.column("text").to_pylist())
-    packer = Packer(provider.limits.with_margin(provider.estimate.margin))
-    numbers = np.array([packer.place(int(count)) for count in counts], dtype=np.int64)
-    rows = texts.append_column("tokens", pa.array(counts, pa.int32())).cast(BATCH)
-    for number in np.unique(numbers).tolist():
-        part = rows.filter(pa.array(numbers == number))
-        path = folder.staging / f"sample-{number:08d}.arrow"
-        tokens = int(counts[numbers == number].sum())
-        yield Batch(number, TableRef.write(path, BATCH, part.to_batches()), tokens)
-
-
-def _embed(batch: Batch, terms: Terms) -> None:
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            embed_batch(batch, terms, attempt)
-        except ProviderBusy:
-            if attempt == ATTEMPTS:
-                raise
-            time.sleep(attempt)
-        else:
-            return

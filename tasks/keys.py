@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tasks.prepare import PLAIN, Preparation
 from tasks.schemas import HASH, metadata_fields, rows_schema
 
 NO_DOCUMENT = bytes(16)
@@ -35,7 +36,7 @@ def document_key(document: str | None) -> bytes:
 
 
 def chunk_id(document: str, text_digest: bytes, occurrence: int) -> str:
-    """Id of a chunk of a file: hex digest of path, text and how often it stood there before.
+    """Id of a chunk of a file: hex digest of path, text_hash and how often it stood there before.
 
     An insertion at the top of a file moves no other id.
     """
@@ -54,13 +55,16 @@ def digest_column(texts: pa.Array) -> pa.Array:
 
 
 def identified(
-    batches: Iterable[pa.RecordBatch], metadata: list[pa.Field]
+    batches: Iterable[pa.RecordBatch],
+    metadata: list[pa.Field],
+    preparation: Preparation = PLAIN,
 ) -> Iterator[pa.RecordBatch]:
-    """Chunks with their text_hash, and for files with their id.
+    """Chunks with the text_hash of what is sent for them, and for files with their id.
 
     Args:
         batches: CHUNKS and metadata; the chunks of a document are contiguous.
         metadata: The source's own columns.
+        preparation: What stands in front of their texts.
 
     Yields:
         Batches of `rows_schema(metadata)`, row for row those of `batches`.
@@ -68,7 +72,7 @@ def identified(
     schema = rows_schema(metadata)
     ids_of_files = _IdsOfFiles()
     for batch in batches:
-        hashes = digest_column(batch.column("text"))
+        hashes = digest_column(preparation.texts(batch))
         ids = batch.column("id")
         own = {
             "id": ids_of_files.filled_in(batch, hashes) if ids.null_count else ids,

@@ -157,7 +157,8 @@ def _used(config: Config) -> dict[Space, list[pa.Array]]:
     state_uri = config.state.uri
     runs = Ledger(state_uri).runs()
     used: dict[Space, list[pa.Array]] = {}
-    for name in sorted({index_name(config), *(runs["index"] if len(runs) else ())}):
+    indexes = {index_name(config), *(runs["index"] if len(runs) else ())}
+    for name in sorted(indexes - {""}):  # an embedder has none
         folder, _, table_name = str(name).rpartition("/")
         if is_local(folder) and not Path(folder).is_dir():
             raise EmbedOnceError(

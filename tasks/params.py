@@ -6,21 +6,23 @@ working directory never matters.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
-from tasks.addresses import HttpAddress, LocalPath, StoragePath
+from tasks.addresses import HttpAddress, LocalPath, StoragePath, folder_or_name
 from tasks.errors import SettingsError
+from tasks.yaml_file import lay_over, read_yaml
 
 
 class Settings(BaseModel):
@@ -79,8 +81,13 @@ Source = Annotated[FilesSource | TableSource, Field(discriminator="kind")]
 class Embedding(Settings):
     """Who embeds, and how long the vectors are."""
 
-    provider: Literal["lexical", "voyage"]
-    model: str | None = Field(default=None, description="Name in configs/models.yaml.")
+    provider: Literal["lexical", "voyage", "openai", "sentence-transformers"]
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name in configs/models.yaml; of openai any; for sentence-transformers a "
+        "folder, or a name on the Hugging Face hub.",
+    )
     dimension: int | None = Field(default=None, ge=1, description="null: the model's default.")
     output_dtype: str = Field(default="float", description="float, or ubinary: a bit a number.")
     input_type: Literal["document", "query"] | None = Field(
@@ -90,11 +97,52 @@ class Embedding(Settings):
         default=None, description="Where the API is; null: the vendor's own address."
     )
     api_key_block: str | None = Field(
-        default=None, min_length=1, description="Prefect Secret block; null: VOYAGE_API_KEY."
+        default=None,
+        min_length=1,
+        description="Prefect Secret block; null: VOYAGE_API_KEY or OPENAI_API_KEY.",
     )
     tokenizer: LocalPath | None = Field(
         default=None, description="The model's tokenizer.json; null: estimated, then learned."
     )
+    prepend: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="Columns that stand in front of each text when it is embedded: document, for "
+        "files title, for tables any that is kept. Another choice is another space.",
+    )
+    device: str | None = Field(
+        default=None,
+        pattern=r"^(cpu|mps|cuda(:\d+)?)$",
+        description="Where a local model runs: cpu, cuda, cuda:1 or mps; null: the best there is.",
+    )
+    backend: Literal["torch", "onnx", "openvino"] = Field(
+        default="torch", description="What runs a local model."
+    )
+    precision: Literal["float32", "float16", "bfloat16"] | None = Field(
+        default=None,
+        description="What a local model computes in; null: as it was saved, or float32 where "
+        "backend is not torch.",
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _folder_is_absolute(cls, model: str | None, info: ValidationInfo) -> str | None:
+        if model is None or info.data.get("provider") != "sentence-transformers":
+            return model
+        return folder_or_name(model, info)
+
+    @field_validator("prepend")
+    @classmethod
+    def _each_name_reads_as_one(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not name.strip() or {",", ":"} & set(name) or len(name.splitlines()) > 1:
+                raise ValueError(
+                    f"{name!r} cannot stand in front of a text: a name may not be blank or hold a "
+                    "comma, a colon or a line break; rename the column"
+                )
+        if len(set(names)) < len(names):
+            raise ValueError(f"a column stands there twice: {', '.join(names)}")
+        return names
 
 
 class LimitSettings(Settings):
@@ -149,11 +197,9 @@ class State(Settings):
     uri: StoragePath = Field(description="Folder or s3:// address; several indexes may share it.")
 
 
-class Config(Settings):
-    """One index and all that fills it."""
+class Engine(Settings):
+    """Who embeds, how fast, and where what was paid for is kept."""
 
-    name: str = Field(min_length=1, max_length=80, description="For people, in reports.")
-    source: Source
     embedding: Embedding
     limits: LimitSettings = LimitSettings()
     on_error: Literal["quarantine", "fail_fast", "collect"] = Field(
@@ -161,8 +207,15 @@ class Config(Settings):
         description="What becomes of a text that the provider refuses: quarantine keeps it from "
         "being sent again, collect only reports it, fail_fast ends the run.",
     )
-    index: Index
     state: State
+
+
+class Config(Engine):
+    """One index and all that fills it."""
+
+    name: str = Field(min_length=1, max_length=80, description="For people, in reports.")
+    source: Source
+    index: Index
 
     @model_validator(mode="after")
     def _metric_fits_the_vectors(self) -> Self:
@@ -235,13 +288,29 @@ def load_config(path: str | Path, settings: Sequence[str] = ()) -> Config:
         SettingsError: The file cannot be read, or a key or value in it is wrong.
     """
     file = Path(path).expanduser().resolve()
-    values = _read_yaml(file)
+    values = read_yaml(file)
     for setting in settings:
         lay_over(values, setting)
     try:
         return Config.model_validate(values, context={"base": project_folder(file)})
     except ValidationError as error:
         raise SettingsError(_explain(error, file), file=str(file)) from None
+
+
+def engine_of(config: Engine | Mapping[str, Any] | str | Path) -> Engine:
+    """What a `BatchEmbedder` needs, from a config file or from values as they stand in one.
+
+    Raises:
+        SettingsError: As in `load_config`.
+    """
+    if isinstance(config, Engine):
+        return config
+    if isinstance(config, str | Path):
+        return load_config(config)
+    try:
+        return Engine.model_validate(dict(config))
+    except ValidationError as error:
+        raise SettingsError(_explain(error, "What was given")) from None
 
 
 def configured(path: str | Path, overrides: Overrides) -> Config:
@@ -260,63 +329,10 @@ def project_folder(file: Path) -> Path:
     return file.parent
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """Refuses a mapping that holds a key twice, of which YAML would keep the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)  # noqa: S506 - it is safe
-    except FileNotFoundError:
-        raise SettingsError(f"There is no config file at {file}.") from None
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{file} is not UTF-8 text: {error.reason}.") from None
-    except OSError as error:
-        raise SettingsError(f"{file} cannot be read: {error.strerror}.") from None
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{file} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise SettingsError(f"{file} must hold keys and values, such as `name: docs`.")
-    return values
-
-
-def lay_over(values: dict[str, Any], setting: str) -> None:
-    """Set the one value that `setting` ("a.b=c") names; c is read as YAML.
-
-    Raises:
-        SettingsError: It names no value, or c is not valid YAML.
-    """
-    path, equals, text = setting.partition("=")
-    keys = [key.strip() for key in path.split(".")]
-    if not equals or not all(keys):
-        raise SettingsError(f"{setting!r} is no setting; write it as `key=value`, say `name=docs`.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise SettingsError(f"The value in {setting!r} is not valid YAML.") from None
-    if isinstance(value, bool) and text.strip().lower() not in {"true", "false"}:
-        value = text.strip()  # YAML 1.1 takes `no` and `on` for switches, a path is none
-    for key in keys[:-1]:
-        inner = values.setdefault(key, {})
-        if not isinstance(inner, dict):
-            raise SettingsError(f"{setting!r}: {key!r} has no keys of its own.")
-        values = inner
-    values[keys[-1]] = value
-
-
-def _explain(error: ValidationError, file: Path) -> str:
+def _explain(error: ValidationError, what: str | Path) -> str:
     """All that is wrong with the config, a line each, in words."""
     lines = [f"  {_explain_one(dict(problem))}" for problem in error.errors(include_url=False)]
-    return "\n".join([f"{file} is not a valid config:", *lines])
+    return "\n".join([f"{what} is not a valid config:", *lines])
 
 
 def _explain_one(problem: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from tasks.lookup import LookedUp, lookup
 from tasks.notes import Refused
 from tasks.pack import Packed, pack
 from tasks.params import Config, FilesSource, Overrides
+from tasks.prepare import Preparation
 from tasks.providers import Provider
 from tasks.providers.opening import open_embedder, open_provider
 from tasks.quarantine import Quarantine
@@ -36,7 +37,7 @@ from tasks.read.tables import TableReader
 from tasks.report import Chunks, Cost, Part, Saved, Texts
 from tasks.schemas import CHANGES, DELETIONS, HASH, TableRef, metadata_fields
 from tasks.storage import is_local, storage_at
-from tasks.summary import Row, chunk_rows, cost_text, skipped_rows
+from tasks.summary import Row, chunk_rows, cost_text, prepend_rows, skipped_rows
 
 
 @dataclass(frozen=True)
@@ -139,19 +140,21 @@ def open_reader(config: Config, overrides: Overrides) -> Reader:
     """The corpus, by the config.
 
     Raises:
-        SettingsError: There is no source, or it cannot be narrowed as asked.
+        SettingsError: There is no source, or it cannot be narrowed as asked, or has not what is
+            to stand in front of texts.
     """
-    source = config.source
+    source, preparation = config.source, Preparation(config.embedding.prepend)
     if not Path(source.path).exists():
         raise SettingsError(f"source.path: there is nothing at {source.path}.")
     own = [Path(uri) for uri in (config.index.uri, config.state.uri) if is_local(uri)]
     if isinstance(source, FilesSource):
-        return FilesReader(source, skip_paths=own, narrow=overrides.narrow or None)
+        return FilesReader(source, own, overrides.narrow or None, preparation)
     if overrides.narrow:
         raise SettingsError("A narrower source path needs a source of files, not of tables.")
     # Other tables of the database may be a corpus, the index itself may not.
     table = f"{config.index.uri}/{config.index.table}.lance"
-    return TableReader(source, [Path(uri) for uri in (table, config.state.uri) if is_local(uri)])
+    own = [Path(uri) for uri in (table, config.state.uri) if is_local(uri)]
+    return TableReader(source, own, preparation)
 
 
 def require_runnable(config: Config, overrides: Overrides) -> None:
@@ -198,11 +201,15 @@ def require_safe(survey: Survey, overrides: Overrides) -> None:
     counts = tally(compared.changes.load(CHANGES), compared.deletions.load(DELETIONS))
     most = config.index.max_deleted_fraction
     if counts["deleted"] > most * compared.indexed:
+        renamed = ""
+        if config.source.kind == "files" and "document" in config.embedding.prepend:
+            renamed = " A renamed document counts as deleted here, since its path is embedded."
         raise SettingsError(
             f"This run would delete {counts['deleted']:,} of {compared.indexed:,} chunks from the "
             f"index {config.index.table!r}, more than index.max_deleted_fraction ({most:g}) "
             f"allows. Nothing was touched. See that {config.source.path} is complete; if the "
-            "corpus really shrank, run with --set index.max_deleted_fraction=1.",
+            "corpus really shrank, run with --set index.max_deleted_fraction=1."
+            f"{renamed}",
             deleted=counts["deleted"],
         )
     theirs, ours = survey.indexed_splitter or "none", survey.identity.splitter or "none"
@@ -249,6 +256,7 @@ class Plan(Part):
         seconds_at_limits: Least time the account's limits allow.
         bound_by: Which limit that is; "" where there is none.
         would_refuse: Why a reindex would refuse to start; "" if it would not.
+        prepend: Columns that stand in front of each text.
     """
 
     name: str
@@ -268,6 +276,7 @@ class Plan(Part):
     skipped: dict[str, int] = Field(default={})
     examples: dict[str, list[str]] = Field(default={})
     would_refuse: str = ""
+    prepend: tuple[str, ...] = ()
 
 
 def plan_of(survey: Survey, overrides: Overrides) -> Plan:
@@ -304,6 +313,7 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
         skipped=dict(survey.keyed.notes.skipped),
         examples=survey.keyed.notes.examples,
         would_refuse=refusal,
+        prepend=config.embedding.prepend,
     )
 
 
@@ -319,6 +329,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         ("source", plan.source),
         ("index", plan.index),
         ("space", plan.space),
+        *prepend_rows(plan.prepend),
         ("documents", f"{plan.documents:,}"),
         *chunk_rows(plan.chunks),
         ("duplicate texts", f"{plan.chunks.duplicate:,}"),

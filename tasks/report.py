@@ -97,16 +97,20 @@ class Seconds(Part):
 
 
 class Throughput(Part):
-    """What was reached while embedding.
+    """What was reached while embedding, and while reading the corpus.
 
     Attributes:
         chunks_per_second: Texts embedded a second.
         tokens_per_second: Tokens embedded a second.
+        documents_per_second: Documents read and fingerprinted a second.
+        kilobytes_per_second: Their text, 1,000 bytes in UTF-8, a second.
         limit_used_fraction: Share of the account's limit a minute; null where there is none.
     """
 
     chunks_per_second: float = 0.0
     tokens_per_second: float = 0.0
+    documents_per_second: float = 0.0
+    kilobytes_per_second: float = 0.0
     limit_used_fraction: float | None = None
 
 

@@ -16,6 +16,7 @@ from tasks.claims import Shared
 from tasks.compare import tally
 from tasks.errors import BatchTooLarge, ProviderThrottled
 from tasks.fill import Filled
+from tasks.fingerprint import Keyed
 from tasks.journal import RunFolder
 from tasks.ledger import Ledger
 from tasks.limiter import LimiterStatistics
@@ -180,7 +181,7 @@ def finished_report(
             publish=clock.seconds.get("publish", 0.0),
             total=clock.total(),
         ),
-        throughput=_throughput(embedded, tokens.billed, embed_s, sent),
+        throughput=_throughput(survey.keyed, embedded, tokens.billed, embed_s, sent),
         latency_ms=_latency(ok),
         concurrency=Concurrency(
             limit=survey.config.limits.concurrency,
@@ -253,14 +254,18 @@ def _tokens(calls: Sequence[Call]) -> Tokens:
     )
 
 
-def _throughput(embedded: int, tokens: int, seconds: float, sent: LimiterStatistics) -> Throughput:
-    if not embedded or not seconds:
-        return Throughput()
+def _throughput(
+    read: Keyed, embedded: int, tokens: int, seconds: float, sent: LimiterStatistics
+) -> Throughput:
     limited = sent.requests_per_minute or sent.tokens_per_minute
+    sending = bool(embedded and seconds)
+    read_s = read.read_s + read.fingerprint_s
     return Throughput(
-        chunks_per_second=embedded / seconds,
-        tokens_per_second=tokens / seconds,
-        limit_used_fraction=sent.limit_used_fraction if limited else None,
+        chunks_per_second=embedded / seconds if sending else 0.0,
+        tokens_per_second=tokens / seconds if sending else 0.0,
+        documents_per_second=read.notes.documents / read_s,
+        kilobytes_per_second=read.text_bytes / 1000 / read_s,
+        limit_used_fraction=sent.limit_used_fraction if sending and limited else None,
     )
 
 

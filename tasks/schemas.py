@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from tasks.errors import StorageFailed
@@ -42,7 +43,7 @@ KEYED = pa.schema(
 """One row a chunk of the corpus, fixed width: all that is held of the whole corpus.
 
 `key` hashes the id, `document_key` the document (zeros where there is none), `text_hash`
-the exact text, `row_hash` the document and metadata; `tokens` is the estimate.
+the exact text that is sent, `row_hash` the document and metadata; `tokens` is its estimate.
 """
 
 INDEXED = pa.schema(
@@ -250,3 +251,11 @@ class Batch:
     number: int
     table: TableRef
     tokens: int
+
+    @classmethod
+    def write(cls, number: int, folder: Path, rows: Iterable[pa.RecordBatch]) -> "Batch":
+        """The batch of these BATCH `rows`, in a file of `folder`."""
+        parts = list(rows)
+        table = TableRef.write(folder / f"batch-{number:08d}.arrow", BATCH, parts)
+        tokens = sum(int(np.sum(part.column("tokens").to_numpy())) for part in parts)
+        return cls(number, table, tokens)

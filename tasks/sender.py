@@ -14,11 +14,12 @@ import pyarrow as pa
 
 from tasks.cache import Cache
 from tasks.claims import POLL_S, Claims, Standing
-from tasks.errors import EmbedOnceError
+from tasks.errors import EmbedOnceError, RunStopped
 from tasks.journal import RunFolder
 from tasks.limiter import TELL_AFTER_S, Limiter
 from tasks.limits import Estimator, Learned, Limits, Packer
-from tasks.progress import tell_waiting
+from tasks.notes import Call
+from tasks.progress import Progress, tell, tell_waiting
 from tasks.providers import Provider
 from tasks.shared_limits import shared_window
 from tasks.tokens import Calibration, Estimate, load, save
@@ -28,6 +29,13 @@ PROOF_AFTER = 8
 
 RETRY_S = 1.0
 """Before the first retry of a batch, in seconds; each further one waits twice as long."""
+
+ANSWERS_S = 20.0
+"""So long answers in flight are waited for after a cancel. Prefect kills a cancelled run after
+30 s; the rest of them is for the cache, the ledger and the artifacts."""
+
+GIVEN_UP_S = 2.0
+"""So long a batch may take to notice that its call was given up."""
 
 OnError = Literal["quarantine", "fail_fast", "collect"]
 
@@ -63,6 +71,7 @@ class Sender:
         answers: Good answers of this run so far.
         refusals: Texts refused since the last good answer.
         proven: Whether the provider is known to take texts now.
+        calls: All calls so far, in the order they ended.
         turn: Held by who decides what to send next, until the limiter lets it go.
         claims: What it sends, held against what other runs send.
 
@@ -78,10 +87,10 @@ class Sender:
         if isinstance(provider.estimate, Estimate):
             space = provider.space
             self._calibration = load(folder.state_uri, space.provider, space.model)
-        provider.prepare()
         self.answers = 0
         self.refusals = 0
         self.proven = False
+        self.calls: list[Call] = []
         self.turn = threading.Lock()
         self._stopped = threading.Event()
         self._at_work = 0
@@ -198,9 +207,15 @@ class Sender:
         with self._rests:
             return self._rests.wait_for(lambda: not self._at_work, within_s)
 
-    def give_up(self) -> None:
-        """Wait no longer for answers that are in flight."""
-        self._provider.give_up()
+    def settle(self, why: str) -> None:
+        """Send nothing more, and wait for answers in flight; another cancel ends the wait."""
+        self.stop(RunStopped(why))
+        tell(Progress("cancelling", note="cancelled: waiting for answers in flight"))
+        try:
+            self.rest(ANSWERS_S)
+        finally:
+            self._provider.give_up()
+        self.rest(GIVEN_UP_S)
 
     def save(self) -> None:
         """Keep what was learned of tokens for the next run."""

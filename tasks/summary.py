@@ -40,6 +40,12 @@ def report_rows(report: RunReport) -> list[Row]:
         ("cost", cost_text(report.cost)),
         ("time", time_text(report.seconds)),
     ]
+    read = report.throughput
+    if read.documents_per_second:
+        rate = (
+            f"{read.documents_per_second:,.0f} documents/s, {read.kilobytes_per_second:,.0f} kB/s"
+        )
+        rows.append(("reading", rate))
     if report.texts.embedded:
         rows += sending_rows(report)
     if report.recovered_vectors:
@@ -103,6 +109,14 @@ def sending_rows(report: RunReport) -> list[Row]:
         longest = sorted(waits.items(), key=lambda item: -item[1])
         rows.append(("waited for", ", ".join(f"{cause} {s:,.0f} s" for cause, s in longest)))
     return rows
+
+
+def prepend_rows(names: Sequence[str]) -> list[Row]:
+    """What stands in front of texts: why one counts as another that reads as before."""
+    if not names:
+        return []
+    what = "a rename" if "document" in names else "another value"
+    return [("in front of texts", f"{', '.join(names)} ({what} makes a new text)")]
 
 
 def skipped_rows(skipped: dict[str, int], examples: dict[str, list[str]]) -> list[Row]:

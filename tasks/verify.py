@@ -31,6 +31,7 @@ from tasks.findings import (
 )
 from tasks.index import (
     broken_tags,
+    differences,
     generations,
     identity_of,
     is_held,
@@ -203,7 +204,7 @@ def look(config: Config, staging: Path, sample: int | None, folder: RunFolder | 
     whole = table is None or not _misfits(seen, table, provider.space)
     if table is not None and whole:
         with reading_index(table):
-            seen.rows = Rows.of(table, provider.space, entries)
+            seen.rows = Rows.of(table, provider.space, entries, provider.preparation)
     if whole:
         seen.differences = _differences(seen, survey(config, Overrides(), staging))
     if seen.rows is not None:
@@ -294,10 +295,14 @@ def _misfits(seen: Look, table: Table, space: Space) -> bool:
             or (table.schema.field(own.name).type != own.type and own.name != "vector")
         )
     ]
+    other = identity.space != space
+    if not other:
+        odd += sorted({*seen.config.embedding.prepend} - {*table.schema.names})
     seen.findings += finding("columns", len(odd), odd)
-    if identity.space != space:
-        seen.findings += finding("space", table.count_rows() or 1, [str(identity.space)])
-    return bool(odd) or identity.space != space
+    if other:
+        theirs = f"{identity.space}{differences(identity.space, space)}"
+        seen.findings += finding("space", table.count_rows() or 1, [theirs])
+    return bool(odd) or other
 
 
 def _differences(seen: Look, surveyed: Survey) -> Differences:
@@ -385,7 +390,7 @@ def _places_in_corpus(found: Differences, keys: pa.ChunkedArray) -> list[str]:
     chunks = reader.chunks(ReadNotes(), lambda document: document_key(document) in documents)
     rows = (
         row
-        for batch in identified(chunks, reader.metadata)
+        for batch in identified(chunks, reader.metadata, reader.preparation)
         for row in batch.filter(pa.array(few.holds(digest_column(batch.column("id"))))).to_pylist()
     )
     return [place(row) for row in islice(rows, len(few))]

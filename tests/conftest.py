@@ -22,6 +22,7 @@ from tasks.limits import Limits
 from tasks.notes import Call
 from tasks.params import Config, Index, Overrides
 from tasks.plan import Survey, require_safe, survey
+from tasks.prepare import PLAIN, Preparation
 from tasks.providers.lexical import Lexical
 from tasks.publish import Published, publish, tidy_published
 from tasks.read import ReadNotes, Wanted
@@ -143,6 +144,7 @@ class MemoryReader:
     states: Sequence[Sequence[tuple[str | None, str | None, str, str | None]]]
     metadata: list[pa.Field] = field(default_factory=lambda: [pa.field("lang", pa.utf8())])
     splitter: str = ""
+    preparation: Preparation = PLAIN
     batch_rows: int = 3
     readings: int = 0
 

@@ -29,6 +29,9 @@ PRICES = {
     "voyage-law-2": 0.12,
     "voyage-code-2": 0.12,
     "lexical": 0.0,
+    "text-embedding-3-small": 0.02,
+    "text-embedding-3-large": 0.13,
+    "text-embedding-ada-002": 0.10,
 }
 NOT_IN_THE_BATCH_LANE = {"voyage-code-4", "voyage-finance-2", "voyage-law-2", "lexical"}
 VOYAGE = [facts for facts in catalog().values() if facts.provider == "voyage"]
@@ -67,10 +70,11 @@ def test_every_voyage_model_can_send_a_full_request_a_minute(facts: ModelFacts) 
     assert facts.tokens_per_request <= (facts.tier(1).tokens_per_minute or 0)
 
 
-def test_the_batch_lane_takes_the_models_it_lists_a_third_off() -> None:
+def test_the_batch_lane_takes_the_models_it_lists_a_third_off_or_a_half() -> None:
     without = {name for name, facts in catalog().items() if not facts.batch_lane}
     assert without == NOT_IN_THE_BATCH_LANE
     assert catalog()["voyage-4"].batch_usd(1_000_000) == pytest.approx(0.0402)
+    assert catalog()["text-embedding-3-small"].batch_usd(1_000_000) == pytest.approx(0.01)
     assert catalog()["voyage-code-4"].batch_usd(1_000_000) is None
 
 

@@ -43,8 +43,13 @@ def files(documents: dict[str, list[str]]) -> list[Row]:
     return rows
 
 
+def with_names(documents: dict[str, list[str]]) -> list[Row]:
+    """The same with the document's name in front of each text, as a config may ask for."""
+    return files({name: [f"{name} {text}" for text in own] for name, own in documents.items()})
+
+
 def tokens_of(text: str) -> int:
-    return {"a": 1, "b": 10, "c": 100, "d": 1000, "e": 10_000}[text]
+    return {"a": 1, "b": 10, "c": 100, "d": 1000, "e": 10_000}[text[-1]]
 
 
 def keyed_columns(rows: Iterable[Row]) -> pa.Table:
@@ -149,9 +154,11 @@ def expected_counts(corpus: list[Row], index: list[Row], kind: Kind) -> Counter[
 
 
 texts = st.sampled_from("abcde")
-corpora_of_files = st.dictionaries(
+texts_of_files = st.dictionaries(
     st.sampled_from(["x", "y", "d/x", "d/z"]), st.lists(texts, min_size=1, max_size=4)
-).map(files)
+)
+corpora_of_files = texts_of_files.map(files)
+corpora_with_names = texts_of_files.map(with_names)
 table_rows = st.builds(
     Row,
     st.sampled_from("123456"),
@@ -163,6 +170,7 @@ table_rows = st.builds(
 corpora_of_tables = st.lists(table_rows, unique_by=lambda row: row.id, max_size=6)
 both_kinds = st.one_of(
     st.tuples(corpora_of_files, corpora_of_files.flatmap(st.permutations), st.just("files")),
+    st.tuples(corpora_with_names, corpora_with_names, st.just("files")),
     st.tuples(corpora_of_tables, corpora_of_tables, st.just("table")),
 )
 
@@ -240,6 +248,11 @@ def test_a_renamed_file_is_moved(comparing: Compare) -> None:
     found = comparing(files({"y": ["a", "b"]}), files({"x": ["a", "b"]}), "files")
     assert found.counts == Counter(moved=2, deleted=0)
     assert set(found.deletions.values()) == {"moved"}
+
+
+def test_a_renamed_file_is_a_new_one_where_its_name_is_embedded(comparing: Compare) -> None:
+    found = comparing(with_names({"y": ["a", "b"]}), with_names({"x": ["a", "b"]}), "files")
+    assert found.counts == Counter(added=2, deleted=2)
 
 
 def test_a_rewritten_chunk_of_a_file_is_changed(comparing: Compare) -> None:

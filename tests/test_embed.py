@@ -28,6 +28,7 @@ from tasks.errors import (
 from tasks.journal import RunFolder, read_answer
 from tasks.keys import text_hash
 from tasks.limits import Learned, Limits
+from tasks.prepare import PLAIN, Preparation
 from tasks.providers import Answer, Space, Vectors, checked_vectors
 from tasks.providers.lexical import Lexical
 from tasks.schemas import BATCH, Batch, TableRef
@@ -60,6 +61,7 @@ class ScriptedProvider:
     unit_vectors: bool = True
     least: Learned = Learned()  # noqa: RUF009
     limits: Limits = LIMITS
+    preparation: Preparation = PLAIN
     bad: frozenset[str] = frozenset()
     holed: frozenset[str] = frozenset()
     most: int = 5000

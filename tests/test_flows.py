@@ -46,6 +46,7 @@ from tasks.limits import Learned, Limits
 from tasks.notes import Call
 from tasks.params import Config, Overrides, load_config
 from tasks.plan import make_plan, survey
+from tasks.prepare import PLAIN, Preparation
 from tasks.providers import Answer, Space
 from tasks.providers.lexical import Lexical
 
@@ -171,6 +172,11 @@ def test_the_artifacts_of_a_run_show_its_numbers(home: Path) -> None:
     assert [row["status"] for row in batches] == ["ok"] * report.calls.ok
     assert sum(row["tokens billed"] for row in batches) == report.tokens.billed
     assert artifacts["progress-field-notes"]["data"] == 100.0
+    read_s = report.seconds.read + report.seconds.fingerprint
+    assert report.throughput.documents_per_second * read_s == pytest.approx(len(TEXTS))
+    text_bytes = sum(map(len, TEXTS.values()))
+    assert report.throughput.kilobytes_per_second * read_s == pytest.approx(text_bytes / 1000)
+    assert f"| reading | {report.throughput.documents_per_second:,.0f} documents/s, " in shown
 
 
 def test_a_run_is_a_row_of_the_ledger_and_its_calls_too(home: Path) -> None:
@@ -327,6 +333,7 @@ class Scripted:
 
     folder: Path
     limits: Limits = TWO_TEXTS
+    preparation: Preparation = PLAIN
     dimension: int = 64
     unit_vectors: bool = True
     least: Learned = Learned()  # noqa: RUF009

@@ -94,7 +94,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(
         ({"limits": {"tier": 4}}, "limits.tier", "4"),
         ({"name": 7}, "name", "7"),
         ({"name": ""}, "name", "''"),
-        ({"embedding": {"provider": "openai"}}, "embedding.provider", "'openai'"),
+        ({"embedding": {"provider": "cohere"}}, "embedding.provider", "'cohere'"),
         ({"embedding": {"provider": "lexical", "dimension": 0}}, "embedding.dimension", "0"),
         ({"index": {"uri": "i", "table": "a/b"}}, "index.table", "'a/b'"),
         ({"index": {"uri": "i", "table": ""}}, "index.table", "''"),

@@ -9,6 +9,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PROJECT = Path(__file__).parents[1]
+UNPINNED = re.compile(r"torch|triton|nvidia-.+|cuda-.+")
+"""Builds of torch, and what they need: .ci/pins leaves them to the machine."""
 TOOLS = {"embed-once", "pip", "setuptools", "wheel", "uv"}
 REMEDY = "run `python .ci/pins` and commit pyproject.toml"
 
@@ -26,7 +28,11 @@ def pinned() -> dict[str, str]:
 
 def installed() -> dict[str, str]:
     found = {canonicalize_name(item.metadata["Name"]): item.version for item in distributions()}
-    return {name: version for name, version in found.items() if name not in TOOLS}
+    return {
+        name: version
+        for name, version in found.items()
+        if name not in TOOLS and not UNPINNED.fullmatch(name)
+    }
 
 
 def test_what_is_installed_is_pinned() -> None:

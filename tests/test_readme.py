@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tasks.params import load_config
+from tasks.providers.opening import open_provider
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -125,10 +126,18 @@ def test_the_table_of_commands_shows_commands_that_exist(shell: Shell) -> None:
 
 
 def test_the_configs_of_the_readme_are_accepted(project: Path) -> None:
-    whole, table = blocks("yaml")
+    whole, table, *embeddings = blocks("yaml")
     (project / "docs.yaml").write_text(whole, encoding="utf-8")
     config = load_config(project / "docs.yaml")
     assert config.source.path == str(project / "docs")
     with_table = re.sub(r"^source:.*?(?=^embedding:)", table, whole, flags=re.DOTALL | re.MULTILINE)
     (project / "table.yaml").write_text(with_table, encoding="utf-8")
     assert load_config(project / "table.yaml").source.kind == "table"
+    for number, embedding in enumerate(embeddings):
+        instead = re.sub(
+            r"^embedding:.*?(?=^limits:)", embedding, whole, flags=re.DOTALL | re.MULTILINE
+        )
+        (project / f"{number}.yaml").write_text(instead, encoding="utf-8")
+        other = load_config(project / f"{number}.yaml")
+        if other.embedding.provider != "sentence-transformers":  # a name on a hub
+            assert open_provider(other).dimension

@@ -61,6 +61,7 @@ class Place:
     kind: str = "table"
     embedding: str = "lexical"
     base_url: str | None = None
+    prepend: tuple[str, ...] = ()
 
     def config(self, index: str = "index", state: str = "state", **more: Any) -> Config:
         source: dict[str, Any] = {"kind": "files", "path": str(self.folder / "corpus")}
@@ -72,6 +73,7 @@ class Place:
         if self.embedding != "lexical":
             embedding = {"provider": "voyage", "model": "voyage-4", "dimension": DIMENSION}
             embedding |= {"output_dtype": self.embedding, "base_url": self.base_url}
+        embedding["prepend"] = self.prepend
         return Config.model_validate(
             {
                 "name": "place",
@@ -201,8 +203,8 @@ def voyage(place: Callable[..., Place]) -> Iterator[Callable[..., Place]]:
     with Simulator(Settings()) as simulator, pytest.MonkeyPatch.context() as patch:
         patch.setenv("VOYAGE_API_KEY", "any")
 
-        def make(dtype: str = "float") -> Place:
-            return place(embedding=dtype, base_url=simulator.base_url)
+        def make(dtype: str = "float", **more: Any) -> Place:
+            return place(embedding=dtype, base_url=simulator.base_url, **more)
 
         yield make
 
@@ -276,11 +278,15 @@ HARMS: dict[str, Callable[[Place, list[str]], None]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["table", "files"])
+@pytest.mark.parametrize(
+    ("kind", "prepend"),
+    [("table", ()), ("files", ()), ("table", ("lang",)), ("files", ("title",))],
+)
 def test_all_harms_at_once_are_found_and_mended_for_free(
-    place: Callable[..., Place], kind: str
+    place: Callable[..., Place], kind: str, prepend: tuple[str, ...]
 ) -> None:
-    at = place(kind, [f"alpha{n} beta{n} gamma{n} delta{n}" for n in range(24)])
+    texts = [f"# alpha{n}\n\nbeta{n} gamma{n} delta{n}" for n in range(24)]
+    at = place(kind, texts, prepend=prepend)
     whole, versions = at.rows(), len(at.table().list_versions())
     ids = at.ids()
     for number, harm in enumerate(HARMS.values()):
@@ -429,6 +435,12 @@ def test_a_provider_with_a_price_is_not_asked(voyage: Callable[..., Place], dtyp
     assert done.clean
     assert found_in(verify(at.config())) == {}
     assert len(Ledger(at.config().state.uri).calls()) == calls
+
+
+def test_a_sample_is_asked_for_with_what_stands_in_front(voyage: Callable[..., Place]) -> None:
+    at = voyage(prepend=("document", "lang"))
+    seen = verify(at.config(), sample=len(PARAGRAPHS))
+    assert (seen.clean, seen.embedded_again) == (True, len(PARAGRAPHS))
 
 
 def test_a_sample_that_is_paid_for_tells_who_is_right(voyage: Callable[..., Place]) -> None:

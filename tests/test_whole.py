@@ -15,6 +15,7 @@ from pyarrow import parquet
 from tasks.errors import CorpusError, SettingsError
 from tasks.index import generations, open_index
 from tasks.journal import RunFolder
+from tasks.keys import text_hash
 from tasks.params import Config, Overrides
 from tasks.plan import make_plan
 from tasks.providers.lexical import Lexical
@@ -47,6 +48,7 @@ class World:
     folder: Path
     run: Reindex
     kind: str
+    prepend: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     sent: list[str] = field(default_factory=list)
@@ -61,7 +63,9 @@ class World:
             {
                 "name": "world",
                 "source": source,
-                "embedding": {"provider": "lexical", "dimension": 256, **embedding},
+                "embedding": {
+                    "provider": "lexical", "dimension": 256, "prepend": self.prepend, **embedding
+                },
                 "limits": {"texts_per_request": 3},
                 "index": {
                     "uri": str(self.folder / index),
@@ -70,7 +74,7 @@ class World:
                 },
                 "state": {"uri": str(self.folder / state)},
             }
-        )
+        )  # fmt: skip
 
     def write(self, corpus: Any) -> None:
         """Make the corpus this one, whatever it was."""
@@ -90,10 +94,18 @@ class World:
         ran = self.run(self.config(), **how)
         self.sent += ran.sent
         built = self.built_anew()
-        self.seen |= {row["text"] for row in built.values()}
+        for row in built.values():
+            sent = self.sent_for(row)
+            assert row["text_hash"] == text_hash(sent)
+            self.seen.add(sent)
         assert rows_of(self.config()) == built
         assert ran.published.rows == len(built)
         return ran
+
+    def sent_for(self, row: dict[str, Any]) -> str:
+        """What is embedded for a row: what stands in front, a blank line, its text."""
+        lines = [f"{name}: {row[name]}" for name in self.prepend if row[name]]
+        return "\n".join([*lines, "", row["text"]]) if lines else str(row["text"])
 
     def built_anew(self) -> dict[str, dict[str, Any]]:
         """Rows of an index made from nothing; the state of this one is not touched."""
@@ -125,8 +137,8 @@ def versions(config: Config) -> int:
 
 @pytest.fixture(scope="session")
 def world(fresh: Callable[[], Path], reindex: Reindex) -> Callable[..., World]:
-    def make(kind: str = "files") -> World:
-        return World(fresh(), reindex, kind)
+    def make(kind: str = "files", prepend: tuple[str, ...] = ()) -> World:
+        return World(fresh(), reindex, kind, prepend)
 
     return make
 
@@ -138,7 +150,7 @@ def test_the_texts_of_these_tests_have_vectors_of_their_own(lexical: Lexical) ->
 
 documents = st.dictionaries(
     st.sampled_from(["a.md", "b.txt", "d/c.md", "d/e.md"]),
-    st.lists(st.sampled_from(PARAGRAPHS), min_size=1, max_size=4),
+    st.lists(st.sampled_from([*PARAGRAPHS, "# Alpha", "## Beta"]), min_size=1, max_size=4),
     min_size=1,
 )
 rows = st.lists(
@@ -157,18 +169,26 @@ rows = st.lists(
     max_size=5,
 )
 histories = st.one_of(
-    st.tuples(st.just("files"), st.lists(documents, min_size=2, max_size=3)),
-    st.tuples(st.just("table"), st.lists(rows, min_size=2, max_size=3)),
+    st.tuples(
+        st.just("files"),
+        st.sampled_from([(), ("document",), ("title",), ("title", "document")]),
+        st.lists(documents, min_size=2, max_size=3),
+    ),
+    st.tuples(
+        st.just("table"),
+        st.sampled_from([(), ("lang",), ("document", "lang")]),
+        st.lists(rows, min_size=2, max_size=3),
+    ),
 )
 
 
 @given(histories)
 @settings(max_examples=15, deadline=None)
 def test_an_index_that_followed_equals_one_built_anew(
-    world: Callable[..., World], history: tuple[str, list[Any]]
+    world: Callable[..., World], history: tuple[str, tuple[str, ...], list[Any]]
 ) -> None:
-    kind, states = history
-    here = world(kind)
+    kind, prepend, states = history
+    here = world(kind, prepend)
     for state in states:
         here.write(state)
         before = versions(here.config())
@@ -188,11 +208,11 @@ def test_an_index_that_followed_equals_one_built_anew(
 def test_runs_that_die_at_any_batch_pay_for_nothing_twice(
     world: Callable[..., World],
     died: type[Exception],
-    history: tuple[str, list[Any]],
+    history: tuple[str, tuple[str, ...], list[Any]],
     deaths: list[int],
 ) -> None:
-    kind, states = history
-    here, billed = world(kind), list[Any]()
+    kind, prepend, states = history
+    here, billed = world(kind, prepend), list[Any]()
     for state, die_after in zip(states, deaths, strict=False):
         here.write(state)
         before = rows_of(here.config())

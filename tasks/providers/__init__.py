@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from tasks.errors import AnswerRejected
 from tasks.limits import Estimator, Learned, Limits
+from tasks.prepare import Preparation
 
 Vectors = npt.NDArray[Any]
 """float32, shape (texts, dimension); or uint8, shape (texts, dimension / 8), a bit a number."""
@@ -38,6 +39,11 @@ class Space:
         if self.dtype == "ubinary":
             return pa.list_(pa.uint8(), self.dimension // 8)
         return pa.list_(pa.float32(), self.dimension)
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of one vector."""
+        return self.dimension // 8 if self.dtype == "ubinary" else 4 * self.dimension
 
     @property
     def id(self) -> str:
@@ -83,6 +89,10 @@ class Provider(Protocol):
     @property
     def space(self) -> Space:
         """Where its vectors live."""
+
+    @property
+    def preparation(self) -> Preparation:
+        """What stands in front of the texts of its space; `embed` is given them whole."""
 
     @property
     def dimension(self) -> int:

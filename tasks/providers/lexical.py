@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.limits import Learned, Limits
+from tasks.prepare import PLAIN, Preparation
 from tasks.providers import Answer, Space, Vectors
 
 RECIPE = "words-1"
@@ -73,15 +74,18 @@ class Lexical:
     Attributes:
         dimension: Length of each vector; longer ones mix up fewer words.
         limits: What may be asked of it; it runs in this process and needs none a minute.
+        preparation: What stands in front of the texts of its space.
     """
 
     dimension: int
     limits: Limits
+    preparation: Preparation = PLAIN
 
     @property
     def space(self) -> Space:
         """Where its vectors live: one space for each dimension and recipe."""
-        return Space("lexical", "lexical", self.dimension, preparation=RECIPE)
+        recipe = self.preparation.recipe(RECIPE)
+        return Space("lexical", "lexical", self.dimension, preparation=recipe)
 
     @property
     def least(self) -> Learned:

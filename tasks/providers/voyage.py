@@ -5,22 +5,21 @@ is one that no limit, journal or cost report sees either. The SDK takes a second
 and is loaded by the first call, so that a plan does not pay for it.
 """
 
-import binascii
 import dataclasses
-import functools
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
-from pydantic import SecretStr
 
 from tasks.catalog import FREE_TRIAL, catalog
-from tasks.errors import AnswerRejected, ProviderBusy, ProviderDenied, SettingsError
+from tasks.errors import AnswerRejected, ProviderDenied
 from tasks.limits import Estimator, Learned, Limits
+from tasks.prepare import PLAIN, Preparation
 from tasks.providers import Answer, Provider, Space
+from tasks.providers.answers import billed_tokens, numbers_in_base64
+from tasks.providers.api_key import KeySource
+from tasks.providers.deadline import give_up
 from tasks.tokens import Estimate
 
 if TYPE_CHECKING:
@@ -28,8 +27,10 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "VOYAGE_API_KEY"
 
-_BLOCK_LIVES_S = 60
-"""So long a key from a block is used without asking Prefect again."""
+_WAY_TO_A_KEY = (
+    f"Set {KEY_VARIABLE} to a key of Voyage AI (https://dashboard.voyageai.com) where the run has "
+    "its environment, or choose provider 'lexical', which needs none."
+)
 
 _BITS = {"float": 32, "ubinary": 1}
 """Of one number of a vector, by dtype."""
@@ -49,6 +50,7 @@ class Voyage:
         api_key_block: Name of the Prefect Secret block with the key; None is VOYAGE_API_KEY.
         estimate: What guesses tokens before a call.
         deadline_s: Seconds for one whole call, from its first byte to its last.
+        preparation: What stands in front of the texts of its space.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Voyage:
     api_key_block: str | None = None
     estimate: Estimator = Estimate()  # noqa: RUF009 - a frozen value
     deadline_s: float = 120.0
+    preparation: Preparation = PLAIN
 
     @property
     def least(self) -> Learned:
@@ -81,7 +84,13 @@ class Voyage:
             dtype=self.dtype,
             input_type=self.input_type,
             truncation=False,
+            preparation=self.preparation.recipe(Space.preparation),
         )
+
+    @property
+    def key_source(self) -> KeySource:
+        """Where its key is."""
+        return KeySource(KEY_VARIABLE, self.api_key_block, "Voyage AI", _WAY_TO_A_KEY)
 
     def for_queries(self) -> "Voyage":
         """The same for texts that are searched with, not for."""
@@ -99,9 +108,9 @@ class Voyage:
         from tasks.providers.voyage_errors import Asked, failure  # noqa: PLC0415
         from tasks.providers.voyage_transport import exchange  # noqa: PLC0415
 
-        key = self._key()
+        key = self.key_source.read_for_call()
         if key is None:
-            raise ProviderDenied(_missing(self.api_key_block))
+            raise ProviderDenied(self.key_source.missing)
         outcome = exchange(
             key,
             self.base_url.rstrip("/") if self.base_url else None,
@@ -116,21 +125,11 @@ class Voyage:
         )
         if outcome.answered:
             return self._read(outcome, len(texts))
-        source = KEY_VARIABLE if self.api_key_block is None else f"block {self.api_key_block!r}"
-        raise failure(outcome, Asked(self.model, texts, key, source))
+        raise failure(outcome, Asked(self.model, texts, key, str(self.key_source)))
 
     def give_up(self) -> None:
         """End the calls in flight; what they would have brought may be billed all the same."""
-        from tasks.providers.voyage_transport import give_up  # noqa: PLC0415
-
         give_up()
-
-    def _key(self) -> SecretStr | None:
-        try:
-            return read_key(self.api_key_block)
-        except SettingsError as error:
-            denied = ProviderDenied(str(error))
-        raise denied
 
     def _dimension_to_ask_for(self) -> int | None:
         """None for a model of one length, which need not know `output_dimension`."""
@@ -152,7 +151,7 @@ class Voyage:
         if not all(type(at) is int and 0 <= at < texts for at in order):
             self._reject(outcome, "with vectors that belong to none of the texts")
 
-        rows = [_decoded(item.get("embedding")) for item in items]
+        rows = [numbers_in_base64(item.get("embedding")) for item in items]
         size = self.dimension * _BITS[self.dtype] // 8
         wrong = [at for at, row in zip(order, rows, strict=True) if len(row) != size]
         if wrong:
@@ -166,7 +165,7 @@ class Voyage:
         return Answer(
             vectors.reshape(len(rows), -1) if rows else vectors.reshape(0, size),
             order,
-            _billed(outcome),
+            billed_tokens(outcome.result),
             outcome.request_id,
             outcome.learned,
         )
@@ -178,15 +177,8 @@ class Voyage:
             retry_after=None,
             request_id=outcome.request_id,
             positions=tuple(positions),
-            billed_tokens=_billed(outcome),
+            billed_tokens=billed_tokens(outcome.result),
         )
-
-
-def _billed(outcome: "Outcome") -> int:
-    """The tokens of an answer by the provider's word; 0 where it does not say."""
-    usage = outcome.result.get("usage") if isinstance(outcome.result, dict) else None
-    tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-    return tokens if type(tokens) is int and tokens >= 0 else 0
 
 
 def require_key(provider: Provider) -> None:
@@ -195,82 +187,5 @@ def require_key(provider: Provider) -> None:
     Raises:
         SettingsError: There is no key to be had.
     """
-    if not isinstance(provider, Voyage):
-        return
-    try:
-        key = read_key(provider.api_key_block)
-    except ProviderBusy as error:
-        unread = SettingsError(str(error))
-    else:
-        if key is not None:
-            return
-        unread = SettingsError(_missing(provider.api_key_block))
-    raise unread
-
-
-def read_key(block: str | None) -> SecretStr | None:
-    """The key from the environment or the Secret block; None where there is none.
-
-    Raises:
-        SettingsError: What is there is no key.
-        ProviderBusy: The Prefect API does not hand out the block just now.
-    """
-    if block is None:
-        key = SecretStr(os.environ.get(KEY_VARIABLE, "").strip())
-        source = KEY_VARIABLE
-    else:
-        key = _key_in_block(block, int(time.monotonic() / _BLOCK_LIVES_S))
-        source = f"The Secret block {block!r}"
-    # A header takes no other characters, and the error about one would show the key.
-    if any(not "!" <= letter <= "~" for letter in key.get_secret_value()):
-        raise SettingsError(
-            f"{source} holds white space or letters that no key has. Copy the key again, "
-            "without quotes and line breaks."
-        )
-    return key if key.get_secret_value() else None
-
-
-@functools.lru_cache(maxsize=8)
-def _key_in_block(name: str, _period: int) -> SecretStr:
-    from prefect.blocks.system import Secret  # noqa: PLC0415 - most keys are in the environment
-
-    failed: SettingsError | ProviderBusy
-    try:
-        block: Any = Secret.load(name, _sync=True)  # type: ignore[call-arg]
-        value = block.get()
-    except ValueError:
-        failed = SettingsError(
-            f"There is no Secret block {name!r} that can be read. Create it in Prefect "
-            f"(Blocks, Secret), or leave the block's name out and set {KEY_VARIABLE}."
-        )
-    except Exception as error:  # noqa: BLE001 - Prefect's client promises no class of errors
-        failed = ProviderBusy(
-            f"The Prefect API did not hand out the Secret block {name!r} "
-            f"({type(error).__name__}). See that PREFECT_API_URL is right and its server runs.",
-            retry_after=None,
-        )
-    else:
-        # The block reads its own value as JSON, so digits alone come as a number.
-        return SecretStr(str(value).strip())
-    raise failed
-
-
-def _missing(block: str | None) -> str:
-    if block is not None:
-        return f"The Secret block {block!r} is empty. Store your key of Voyage AI in it."
-    found = "is empty" if KEY_VARIABLE in os.environ else "is not set"
-    return (
-        f"{KEY_VARIABLE} {found}. Set {KEY_VARIABLE} to a key of Voyage AI "
-        "(https://dashboard.voyageai.com) where the run has its environment, or choose "
-        "provider 'lexical', which needs none."
-    )
-
-
-def _decoded(embedding: object) -> bytes:
-    """The bytes of one vector; none where it is no base64."""
-    if not isinstance(embedding, str):
-        return b""
-    try:
-        return binascii.a2b_base64(embedding, strict_mode=True)
-    except ValueError:
-        return b""
+    if isinstance(provider, Voyage):
+        provider.key_source.require()

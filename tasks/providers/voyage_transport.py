@@ -1,9 +1,8 @@
 """What lies under Voyage's SDK: shared connections, one deadline a call, what the SDK forgets.
 
-The SDK's own timeout starts anew with each piece that arrives, its sessions belong to one
-thread each, and it drops the headers of an answer. So each call runs in a thread of its own,
-with a session of its own over connections that all calls share. The thread that asked waits
-until the deadline and no longer, whatever hangs: name lookup, upload, headers or body.
+The SDK's sessions belong to one thread each, and it drops the headers of an answer. So each
+call has a session of its own, over connections that all calls share, in the thread of its own
+that the deadline needs.
 """
 
 import functools
@@ -14,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import requests
 import voyageai
@@ -24,6 +22,7 @@ from voyageai.api_resources.embedding import Embedding
 from voyageai.util import get_default_base_url
 
 from tasks.limits import Learned
+from tasks.providers.deadline import TooLate, TooLong, finished, host_of
 from tasks.providers.voyage_reply import Reply
 
 CONNECTIONS = 256
@@ -36,17 +35,6 @@ LONGEST_BODY = 64 << 20
 """Bytes; 1,000 vectors of 2,048 numbers are 11 million."""
 
 _PIECE = 1 << 18
-
-_in_flight = set[threading.Event]()
-_in_flight_lock = threading.Lock()
-
-
-class TooLate(Exception):
-    """The deadline of a call came before the end of its answer."""
-
-
-class TooLong(Exception):
-    """An answer is longer than any that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +86,6 @@ def exchange(key: SecretStr, base_url: str | None, deadline_s: float, **fields: 
     """
     url = base_url or get_default_base_url(key.get_secret_value())
     host, session, ended = host_of(url), _Session(key, deadline_s), list[Outcome]()
-    over = threading.Event()
 
     def send() -> None:
         _hook.enter(session)
@@ -113,35 +100,11 @@ def exchange(key: SecretStr, base_url: str | None, deadline_s: float, **fields: 
         except Exception as raised:  # noqa: BLE001 - the SDK lets errors of any class through
             error = raised
         ended.append(Outcome(host, session.reply, result, error, session.broken))
-        over.set()
 
     _hook.install()
-    with _in_flight_lock:
-        _in_flight.add(over)
-    threading.Thread(target=send, name="voyage-call", daemon=True).start()
-    over.wait(deadline_s)  # a call given up ends by itself, at the latest by its timeout
-    with _in_flight_lock:
-        _in_flight.remove(over)
-    if ended:
+    if finished(send, deadline_s, "voyage-call"):
         return ended[0]
     return Outcome(host, session.reply, broken=TooLate(f"{deadline_s:g} s"))
-
-
-def give_up() -> None:
-    """Let all calls of this process that are in flight end as if their deadline had come."""
-    with _in_flight_lock:
-        for over in _in_flight:
-            over.set()
-
-
-def host_of(url: str) -> str:
-    """Host and port of `url`, without what may stand before an @."""
-    try:
-        parts = urlsplit(url)
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:
-        return "base_url"
-    return f"{parts.hostname}{port}" if parts.hostname else "base_url"
 
 
 class _Session(requests.Session):

@@ -11,6 +11,8 @@ from typing import Protocol
 
 import pyarrow as pa
 
+from tasks.prepare import Preparation
+
 Wanted = Callable[[str | None], bool]
 """Whether the chunks of this document are wanted; None stands for a row without document."""
 
@@ -64,6 +66,10 @@ class Reader(Protocol):
     @property
     def splitter(self) -> str:
         """Version of what cuts documents into chunks; "" where rows are chunks already."""
+
+    @property
+    def preparation(self) -> Preparation:
+        """What stands in front of the texts of its chunks when they are sent."""
 
     @property
     def metadata(self) -> list[pa.Field]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from tasks.errors import CorpusError, SettingsError
 from tasks.params import TableSource
+from tasks.prepare import PLAIN, Preparation
 from tasks.read.formats import LINES, Part, merged, other_separator
 from tasks.schemas import CHUNKS, OWN_COLUMNS
 
@@ -59,11 +60,14 @@ class Layout:
         return pa.schema([*CHUNKS, *self.metadata])
 
 
-def layout_of(parts: Sequence[Part], source: TableSource) -> Layout:
+def layout_of(
+    parts: Sequence[Part], source: TableSource, preparation: Preparation = PLAIN
+) -> Layout:
     """The columns of all `parts` together.
 
     Raises:
-        SettingsError: A column is missing, of a type that cannot be, or takes a name of ours.
+        SettingsError: A column is missing, of a type that cannot be, or takes a name of ours;
+            or what is to stand in front of texts is not among those that are kept.
         CorpusError: A file cannot be read, or has other columns than the first one.
     """
     types, empty = _types(parts, source)
@@ -90,6 +94,10 @@ def layout_of(parts: Sequence[Part], source: TableSource) -> Layout:
     for name in own:
         _refuse_fieldless(name, types.get(name, pa.null()), source)
     metadata = tuple(pa.field(name, _plain(types.get(name, pa.null()), pa.utf8())) for name in own)
+    if not empty:
+        kept = {"document": pa.utf8()} if source.document is not None else {}
+        kept |= {column.name: column.type for column in metadata}
+        preparation.require(kept, source.path)
     read: dict[str, pa.Field[Any]] = {name: pa.field(name, pa.utf8()) for name in keys}
     read |= {name: pa.field(name, pa.int32()) for name in lines}
     read = {column.name: column for column in metadata} | read

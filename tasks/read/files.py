@@ -11,14 +11,24 @@ import pyarrow as pa
 
 from tasks.errors import SettingsError
 from tasks.params import FilesSource
+from tasks.prepare import PLAIN, Preparation
 from tasks.read import ReadNotes, Wanted
 from tasks.read.decode import decode
-from tasks.read.split import Piece, Splitter
+from tasks.read.split import Piece, Splitter, kind_of
+from tasks.read.titles import ALGORITHM, outline
 from tasks.read.tree import Tree
 from tasks.schemas import CHUNKS
 
 ROWS = 2000
 """Most rows of a batch."""
+TITLE = pa.field("title", pa.utf8())
+"""Headings above a chunk of Markdown, "Guide > Install"; a column only where it is asked for."""
+KNOWN = {"document": pa.utf8(), TITLE.name: TITLE.type}
+"""What may stand in front of a text."""
+
+
+_Row = tuple[str, Piece, str | None]
+"""Document, chunk and its title."""
 
 
 @dataclass(frozen=True)
@@ -29,21 +39,28 @@ class FilesReader:
         source: Section `source` of a config.
         skip_paths: Our own files and folders; never read, even inside the source.
         narrow: Only this file or folder below `source.path`, a POSIX path.
+        preparation: What stands in front of the texts, of KNOWN.
     """
 
     source: FilesSource
     skip_paths: Sequence[Path] = ()
     narrow: str | None = None
+    preparation: Preparation = PLAIN
+
+    def __post_init__(self) -> None:
+        """Refuse to put in front of a text what files do not have."""
+        self.preparation.require(KNOWN, "a source of files")
 
     @property
     def splitter(self) -> str:
-        """Version of what cuts documents into chunks."""
-        return Splitter(self.source.split).version
+        """Version of what cuts documents into chunks, and of what names their places if asked."""
+        version = Splitter(self.source.split).version
+        return f"{version}/titles-{ALGORITHM}" if self.metadata else version
 
     @property
     def metadata(self) -> "list[pa.Field[Any]]":
-        """Files have no columns of their own."""
-        return []
+        """Files have no columns of their own, but TITLE where it stands in front of texts."""
+        return [TITLE] if TITLE.name in self.preparation.names else []
 
     def chunks(self, notes: ReadNotes, wanted: Wanted | None = None) -> Iterator[pa.RecordBatch]:
         """The chunks of all documents, or of those that are `wanted`, in the order of names.
@@ -51,13 +68,14 @@ class FilesReader:
         A document that cannot be read is no error: it is noted, and the rest goes on.
 
         Yields:
-            Batches of CHUNKS without ids, at most ROWS rows each.
+            Batches of CHUNKS without ids and `metadata`, at most ROWS rows each.
 
         Raises:
             SettingsError: The source or what it is narrowed to does not exist.
         """
         root, documents = self._listing(notes)
-        return _batches(self._pieces(root, documents, notes, wanted))
+        schema = pa.schema([*CHUNKS, *self.metadata])
+        return _batches(self._pieces(root, documents, notes, wanted), schema)
 
     def _listing(self, notes: ReadNotes) -> tuple[Path, Iterable[str]]:
         """The folder that documents are named from, and their names."""
@@ -91,7 +109,7 @@ class FilesReader:
 
     def _pieces(
         self, root: Path, documents: Iterable[str], notes: ReadNotes, wanted: Wanted | None
-    ) -> Iterator[tuple[str, Piece]]:
+    ) -> Iterator[_Row]:
         splitter = Splitter(self.source.split)
         for document in documents:
             if wanted is not None and not wanted(document):
@@ -100,8 +118,9 @@ class FilesReader:
             if text is None:
                 continue
             notes.documents += 1
+            titles = outline(kind_of(document) if self.metadata else "", text)
             for piece in splitter.pieces(document, text):
-                yield document, piece
+                yield document, piece, titles.title(piece.start_line)
 
 
 def _narrow(path: Path, narrow: str | None, *, is_folder: bool) -> str | None:
@@ -139,23 +158,24 @@ def _text(path: Path, document: str, notes: ReadNotes) -> str | None:
     return None
 
 
-def _batches(pieces: Iterable[tuple[str, Piece]]) -> Iterator[pa.RecordBatch]:
-    rows: list[tuple[str, Piece]] = []
+def _batches(pieces: Iterable[_Row], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    rows: list[_Row] = []
     for row in pieces:
         rows.append(row)
         if len(rows) == ROWS:
-            yield _batch(rows)
+            yield _batch(rows, schema)
             rows = []
     if rows:
-        yield _batch(rows)
+        yield _batch(rows, schema)
 
 
-def _batch(rows: Sequence[tuple[str, Piece]]) -> pa.RecordBatch:
+def _batch(rows: Sequence[_Row], schema: pa.Schema) -> pa.RecordBatch:
     columns: list[pa.Array[Any]] = [
         pa.nulls(len(rows), pa.utf8()),
-        pa.array([document for document, _ in rows], pa.utf8()),
-        pa.array([piece.text for _, piece in rows], pa.utf8()),
-        pa.array([piece.start_line for _, piece in rows], pa.int32()),
-        pa.array([piece.end_line for _, piece in rows], pa.int32()),
+        pa.array([document for document, _, _ in rows], pa.utf8()),
+        pa.array([piece.text for _, piece, _ in rows], pa.utf8()),
+        pa.array([piece.start_line for _, piece, _ in rows], pa.int32()),
+        pa.array([piece.end_line for _, piece, _ in rows], pa.int32()),
+        pa.array([title for _, _, title in rows], pa.utf8()),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=CHUNKS)
+    return pa.RecordBatch.from_arrays(columns[: len(schema)], schema=schema)

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from tasks.errors import CorpusError, SettingsError
 from tasks.params import TableSource
+from tasks.prepare import PLAIN, Preparation
 from tasks.read import ReadNotes, Wanted
 from tasks.read.columns import Layout, layout_of
 from tasks.read.formats import ArrowPart, CsvPart, LancePart, ParquetPart, Part, reading
@@ -47,13 +48,20 @@ class TableReader:
     Attributes:
         source: Where the table is, and which columns are what.
         skip_paths: Our own files and folders; never read.
+        preparation: What stands in front of the texts: the document, or metadata columns.
     """
 
     splitter = ""
 
-    def __init__(self, source: TableSource, skip_paths: Iterable[Path] = ()) -> None:
+    def __init__(
+        self,
+        source: TableSource,
+        skip_paths: Iterable[Path] = (),
+        preparation: Preparation = PLAIN,
+    ) -> None:
         self.source = source
         self.skip_paths = tuple(skip_paths)
+        self.preparation = preparation
 
     @property
     def metadata(self) -> "list[pa.Field[Any]]":
@@ -95,7 +103,7 @@ class TableReader:
 
     @cached_property
     def _layout(self) -> Layout:
-        return layout_of(self._parts, self.source)
+        return layout_of(self._parts, self.source, self.preparation)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from tasks.catalog import FREE_TRIAL, ModelFacts, Tier, catalog
 from tasks.errors import SettingsError
-from tasks.params import lay_over
+from tasks.yaml_file import lay_over
 
 _NEW_MODEL = "voyage-4"
 """Whose facts a model has that only the settings name."""
