@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
@@ -35,7 +36,7 @@ from tasks.read import Reader
 from tasks.read.files import FilesReader
 from tasks.read.tables import TableReader
 from tasks.report import Chunks, Cost, Part, Saved, Texts
-from tasks.schemas import CHANGES, DELETIONS, HASH, TableRef, metadata_fields
+from tasks.schemas import CHANGES, DELETIONS, HASH, PACKED, TableRef, metadata_fields
 from tasks.storage import is_local, storage_at
 from tasks.summary import Row, chunk_rows, cost_text, prepend_rows, skipped_rows
 
@@ -255,6 +256,7 @@ class Plan(Part):
         usd_batch_lane: The same in the provider's Batch lane; null where it has none.
         seconds_at_limits: Least time the account's limits allow.
         bound_by: Which limit that is; "" where there is none.
+        cut: Texts to embed that are as long as the model reads, or longer: the rest is cut off.
         would_refuse: Why a reindex would refuse to start; "" if it would not.
         prepend: Columns that stand in front of each text.
     """
@@ -272,6 +274,7 @@ class Plan(Part):
     free_tokens: int
     seconds_at_limits: float
     bound_by: str
+    cut: int
     documents: int
     skipped: dict[str, int] = Field(default={})
     examples: dict[str, list[str]] = Field(default={})
@@ -309,12 +312,21 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
         free_tokens=facts.free_tokens,
         seconds_at_limits=limits.seconds_needed(packed.batches, packed.tokens),
         bound_by=limits.binding(packed.batches, packed.tokens),
+        cut=_cut(survey),
         documents=survey.keyed.notes.documents,
         skipped=dict(survey.keyed.notes.skipped),
         examples=survey.keyed.notes.examples,
         would_refuse=refusal,
         prepend=config.embedding.prepend,
     )
+
+
+def _cut(survey: Survey) -> int:
+    longest = survey.facts.context_tokens
+    if longest is None or not survey.identity.space.truncation:
+        return 0
+    tokens = survey.packed.table.load(PACKED).column("tokens")
+    return int(np.count_nonzero(tokens.to_numpy() >= longest))
 
 
 def make_plan(config: Config, overrides: Overrides) -> Plan:
@@ -336,6 +348,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         ("from the cache", f"{plan.texts.from_cache:,} texts"),
         ("to embed", f"{plan.texts.embedded:,} texts, about {plan.tokens:,} tokens"),
         ("calls", f"{plan.calls:,}"),
+        *([("cut off", f"{plan.cut:,} texts, at what the model reads")] if plan.cut else []),
         ("price", cost_text(plan.cost)),
     ]
     if plan.usd_batch_lane is not None:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tasks.catalog import facts_for
 from tasks.errors import SettingsError
 from tasks.params import Config, Overrides, load_config
-from tasks.plan import make_plan
+from tasks.plan import make_plan, plan_rows
 from tasks.providers.model_folder import read_model
 from tasks.providers.opening import open_embedder, open_provider
 from tasks.providers.sentence_transformers import SentenceTransformers
@@ -316,6 +316,20 @@ def test_tokens_are_those_that_the_model_sees(configured: Configure, model: Path
     assert estimate.counts(["one two", "one", "one two three four five six"]).tolist() == [5, 4, 8]
     assert provider_of(configured(model, input_type=None)).estimate.count("one") == 3
     assert estimate.margin == 0
+
+
+def test_a_plan_counts_the_texts_that_the_model_cuts_off(
+    configured: Configure, model: Path, tmp_path: Path
+) -> None:
+    config = configured(model)
+    for number, text in enumerate(["one two", "one two three four five six seven", "one"]):
+        (tmp_path / "corpus" / f"{number}.txt").write_text(text, encoding="utf-8")
+    plan = make_plan(config, Overrides())
+    assert plan.cut == 2  # with the one that is there already, of just as many tokens as are read
+    assert ("cut off", "2 texts, at what the model reads") in plan_rows(plan)
+    plain = make_plan(configured(model, "embedding={provider: lexical}"), Overrides())
+    assert plain.cut == 0
+    assert "cut off" not in dict(plan_rows(plain))
 
 
 def test_no_more_than_two_calls_are_in_flight(configured: Configure, model: Path) -> None:
