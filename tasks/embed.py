@@ -287,7 +287,7 @@ class _Embedding:
                 usd=billed * self._terms.usd_per_million_tokens / 1e6,
                 request_id=request_id,
             )
-            self._sender.calls.append(call)
+            self._sender.calls[self._batch.number].append(call)
             if vectors is None:
                 self._folder.note(call)
         return vectors, call

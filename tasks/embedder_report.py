@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -105,10 +105,12 @@ class Tally:
     def __init__(self) -> None:
         self.seconds = 0.0
         self._lock = threading.Lock()
+        self._rests = threading.Condition(self._lock)
         self._at_work = 0
         self._since = 0.0
         self._answered: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
+        self._calls: defaultdict[str, float] = defaultdict(float)
         self._batch_seconds = 0.0
         self._largest = (0, 0, 0)
 
@@ -126,6 +128,24 @@ class Tally:
                 self._at_work -= 1
                 if not self._at_work:
                     self.seconds += time.perf_counter() - self._since
+                    self._rests.notify_all()
+
+    def rest(self) -> None:
+        """Wait until no question is worked on."""
+        with self._rests:
+            self._rests.wait_for(lambda: not self._at_work)
+
+    def count(self, calls: Sequence[Call]) -> None:
+        """Take in calls that were made."""
+        with self._lock:
+            for call in calls:
+                self._calls["made"] += 1
+                self._calls["billed"] += call.tokens_billed
+                self._calls["usd"] += call.usd
+                if call.status == "ok":
+                    self._calls["good"] += 1
+                    self._calls["seconds"] += call.seconds
+                    self._calls["estimated"] += call.tokens_estimated
 
     def add(self, found: Embeddings) -> None:
         """Take in one answer."""
@@ -141,7 +161,6 @@ class Tally:
     def report(
         self,
         *,
-        calls: Sequence[Call],
         sent: LimiterStatistics,
         memory_limit_bytes: int | None,
         vector_bytes: int,
@@ -152,9 +171,9 @@ class Tally:
             now = time.perf_counter() - self._since if self._at_work else 0.0
             seconds = self.seconds + now
             count, failed = self._answered.copy(), self._failed.copy()
+            calls = self._calls.copy()
         texts, batches = count["texts"], count["batches"]
-        good = [call for call in calls if call.status == "ok"]
-        billed = sum(call.tokens_billed for call in calls)
+        made, billed = int(calls["made"]), int(calls["billed"])
         return EmbedderReport(
             total_texts=texts,
             successful_texts=texts - failed.total(),
@@ -162,9 +181,9 @@ class Tally:
             success_rate=_ratio(texts - failed.total(), texts),
             error_categories=dict(sorted(failed.items())),
             total_characters=count["characters"],
-            tokens_estimated=sum(call.tokens_estimated for call in good),
+            tokens_estimated=int(calls["estimated"]),
             tokens_billed=billed,
-            usd=sum(call.usd for call in calls),
+            usd=calls["usd"],
             batches_processed=batches,
             average_batch_texts=_ratio(texts, batches),
             average_batch_seconds=_ratio(self._batch_seconds, batches),
@@ -174,9 +193,9 @@ class Tally:
             batch_size=texts,
             cache_hits=count["hits"],
             cache_hit_rate=_ratio(count["hits"], texts),
-            api_calls=len(calls),
-            calls_saved=texts - len(calls),
-            avg_latency_ms=_ratio(1000 * sum(call.seconds for call in good), len(good)),
+            api_calls=made,
+            calls_saved=texts - made,
+            avg_latency_ms=_ratio(1000 * calls["seconds"], calls["good"]),
             errors=failed.total(),
             concurrent_workers=concurrent_workers,
             worker_utilization=_ratio(sent.in_flight_seconds, sent.slot_seconds),

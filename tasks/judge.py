@@ -22,7 +22,7 @@ from tasks.keys import KeySet, first_of_each
 from tasks.pack import cut
 from tasks.params import Config
 from tasks.providers import Provider, checked_vectors
-from tasks.schemas import Batch, vectors_schema
+from tasks.schemas import BATCH, Batch, vectors_schema
 from tasks.sender import Terms, forget_sender, sender_of
 from tasks.soundness import ALIKE, SAME, Fault, distances, numbers
 
@@ -193,8 +193,11 @@ def _paid(texts: pa.Table, asking: Asking, folder: RunFolder) -> pa.Table:
         anew=True,
     )
     try:
-        for number, rows in enumerate(cut(texts, sender_of(terms)), 1):
-            batch = Batch.write(number, folder.staging, rows.to_batches())
+        sender = sender_of(terms)
+        counts = sender.counts(texts.column("text").to_pylist())
+        rows = texts.append_column("tokens", pa.array(counts, pa.int32())).cast(BATCH)
+        for number, part in enumerate(cut(rows, sender.request_limits()), 1):
+            batch = Batch.write(number, folder.staging, part.to_batches())
             embed_with_retries(batch, terms, RETRIES)
     finally:
         forget_sender(folder)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from tasks.limits import Limits, Packer, Sizes
-from tasks.schemas import BATCH, MISSES, PACKED, TableRef
+from tasks.limits import Limits, Packer
+from tasks.schemas import MISSES, PACKED, TableRef
 from tasks.stage import stage
 
 
@@ -46,20 +46,18 @@ def pack(misses: TableRef, limits: Limits, target: Path) -> Packed:
     return Packed(ref, batches=packer.batch, texts=len(tokens), tokens=sum(tokens))
 
 
-def cut(texts: pa.Table, sizes: Sizes) -> list[pa.Table]:
+def cut(rows: pa.Table, limits: Limits) -> list[pa.Table]:
     """Texts cut into what one call takes, as far as that can be told before.
 
     Args:
-        texts: Columns `text_hash` and `text` of BATCH, each text once.
-        sizes: What is known of the sizes of texts and of calls.
+        rows: BATCH, each text once.
+        limits: What one call takes, with a margin for estimates.
 
     Returns:
         BATCH tables, in the order of the texts.
     """
-    counts = sizes.counts(texts.column("text").to_pylist())
-    packer = Packer(sizes.request_limits())
-    numbers = np.array([packer.place(int(tokens)) for tokens in counts], dtype=np.int64)
-    rows = texts.append_column("tokens", pa.array(counts, pa.int32())).cast(BATCH)
-    starts = np.flatnonzero(np.diff(numbers, prepend=0))
+    packer = Packer(limits)
+    numbers = [packer.place(tokens) for tokens in rows.column("tokens").to_pylist()]
+    starts = np.flatnonzero(np.diff(np.array(numbers, np.int64), prepend=0)).tolist()
     ends = [*starts[1:], len(numbers)]
-    return [rows.slice(start, end - start) for start, end in zip(starts, ends, strict=True)]
+    return [rows.slice(start, end - start) for start, end in zip(starts, ends, strict=False)]

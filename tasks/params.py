@@ -310,7 +310,7 @@ def engine_of(config: Engine | Mapping[str, Any] | str | Path) -> Engine:
     try:
         return Engine.model_validate(dict(config))
     except ValidationError as error:
-        raise SettingsError(_explain(error, "What was given")) from None
+        raise SettingsError(_explain(error, "What was given", Engine)) from None
 
 
 def configured(path: str | Path, overrides: Overrides) -> Config:
@@ -329,32 +329,34 @@ def project_folder(file: Path) -> Path:
     return file.parent
 
 
-def _explain(error: ValidationError, what: str | Path) -> str:
+def _explain(error: ValidationError, what: str | Path, model: type[BaseModel] = Config) -> str:
     """All that is wrong with the config, a line each, in words."""
-    lines = [f"  {_explain_one(dict(problem))}" for problem in error.errors(include_url=False)]
+    problems = error.errors(include_url=False)
+    lines = [f"  {_explain_one(dict(problem), model)}" for problem in problems]
     return "\n".join([f"{what} is not a valid config:", *lines])
 
 
-def _explain_one(problem: dict[str, Any]) -> str:
+def _explain_one(problem: dict[str, Any], model: type[BaseModel]) -> str:
     # The tag of the source's kind stands in the location, but is no key of the file.
     where = [str(part) for part in problem["loc"] if part not in {"files", "table"}]
     if problem["loc"][-1:] == ("table",) and len(problem["loc"]) == 2:  # noqa: PLR2004
         where = [str(part) for part in problem["loc"]]  # index.table
     key = ".".join(where)
     if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key.{_did_you_mean(where)}"
+        return f"{key}: unknown key.{_did_you_mean(where, model)}"
     if problem["type"] == "missing":
         return f"{key}: missing."
     message = str(problem["msg"]).removeprefix("Value error, ")
     found = problem.get("input")
-    shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
+    plain = isinstance(found, str | int | float | bool) and where[-1:] != ["base_url"]
+    shown = f" (found {found!r})" if plain else ""  # an address may hold a password
     return f"{key or 'config'}: {message}{shown}."
 
 
-def _did_you_mean(where: Sequence[str]) -> str:
+def _did_you_mean(where: Sequence[str], model: type[BaseModel]) -> str:
     """The known keys beside the unknown one, nearest first named."""
     sections: dict[str, list[type[BaseModel]]] = {
-        "": [Config],
+        "": [model],
         "source": [FilesSource, TableSource],
         "source.split": [Split],
         "embedding": [Embedding],

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Sender:
         answers: Good answers of this run so far.
         refusals: Texts refused since the last good answer.
         proven: Whether the provider is known to take texts now.
-        calls: All calls so far, in the order they ended.
+        calls: Calls that have ended, by batch.
         turn: Held by who decides what to send next, until the limiter lets it go.
         claims: What it sends, held against what other runs send.
 
@@ -90,7 +91,7 @@ class Sender:
         self.answers = 0
         self.refusals = 0
         self.proven = False
-        self.calls: list[Call] = []
+        self.calls: defaultdict[int, list[Call]] = defaultdict(list)
         self.turn = threading.Lock()
         self._stopped = threading.Event()
         self._at_work = 0
@@ -211,10 +212,12 @@ class Sender:
         """Send nothing more, and wait for answers in flight; another cancel ends the wait."""
         self.stop(RunStopped(why))
         tell(Progress("cancelling", note="cancelled: waiting for answers in flight"))
+        rests = False
         try:
-            self.rest(ANSWERS_S)
+            rests = self.rest(ANSWERS_S)
         finally:
-            self._provider.give_up()
+            if not rests:  # it ends the calls of all runs in this process
+                self._provider.give_up()
         self.rest(GIVEN_UP_S)
 
     def save(self) -> None:

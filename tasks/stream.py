@@ -21,7 +21,7 @@ Source = Iterable[str] | str | Path
 WINDOWS = 2
 """Windows in flight: while one is embedded, the next is read."""
 
-Window = Sequence[str | None]
+Window = Sequence[str | bytes]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Stream:
 
     Args:
         source: The texts.
-        submit: Embeds a window.
+        submit: Embeds a window, whose first text is of this number in the stream.
         full: Whether a window of so many texts with so many characters is large enough.
         preparation: What stands in front of the texts of a folder's chunks.
         progress: Is told how far it is, after each part.
@@ -56,7 +56,7 @@ class Stream:
     def __init__(
         self,
         source: Source,
-        submit: Callable[[Window], "Future[Embeddings]"],
+        submit: Callable[[Window, int], "Future[Embeddings]"],
         full: Callable[[int, int], bool],
         preparation: Preparation,
         progress: Callable[[StreamProgress], None] | None,
@@ -69,12 +69,13 @@ class Stream:
     def __iter__(self) -> Iterator[StreamPart]:
         started = time.perf_counter()
         flying: deque[Future[Embeddings]] = deque()
-        windows = self._windows()
+        windows, read = self._windows(), 0
         completed = failed = parts = calls = 0
         try:
             while True:
                 while len(flying) < WINDOWS and (window := next(windows, None)) is not None:
-                    flying.append(self._submit(window))
+                    flying.append(self._submit(window, read))
+                    read += len(window)
                 if not flying:
                     return
                 found = flying.popleft().result()
@@ -85,7 +86,8 @@ class Stream:
                     calls + len(found.calls),
                 )
                 if not flying and (window := next(windows, None)) is not None:
-                    flying.append(self._submit(window))
+                    flying.append(self._submit(window, read))
+                    read += len(window)
                 told = StreamProgress(
                     completed=completed,
                     total=self._total if flying else completed,
@@ -107,7 +109,7 @@ class Stream:
             yield part
 
     def _windows(self) -> Iterator[Window]:
-        window: list[str | None] = []
+        window: list[str | bytes] = []
         characters = 0
         for text in self._texts:
             window.append(text)
@@ -121,7 +123,7 @@ class Stream:
 
 def _texts_of(
     source: Source, preparation: Preparation, notes: ReadNotes
-) -> tuple[Iterator[str | None], int | None]:
+) -> tuple[Iterator[str | bytes], int | None]:
     """The texts, and how many there are, where that is known before they are read."""
     if not isinstance(source, str | Path):
         return iter(source), len(source) if isinstance(source, Sized) else None
@@ -136,17 +138,17 @@ def _texts_of(
     return _lines(path), total
 
 
-def _lines(path: Path) -> Iterator[str | None]:
-    """The lines of a file, None for one that is not UTF-8."""
+def _lines(path: Path) -> Iterator[str | bytes]:
+    """The lines of a file, as bytes where one is not UTF-8."""
     with path.open("rb") as file:
         for line in file:
             try:
                 yield line.decode().rstrip("\r\n")
             except UnicodeDecodeError:
-                yield None
+                yield line
 
 
-def _chunks(folder: Path, preparation: Preparation, notes: ReadNotes) -> Iterator[str | None]:
+def _chunks(folder: Path, preparation: Preparation, notes: ReadNotes) -> Iterator[str | bytes]:
     """The texts of the chunks of all documents in a folder, as they are sent."""
     source = FilesSource.model_validate({"kind": "files", "path": str(folder)})
     for batch in FilesReader(source, preparation=preparation).chunks(notes):

@@ -29,8 +29,10 @@ from tasks.errors import (
     ProviderBusy,
     ProviderDenied,
     SettingsError,
+    StorageFailed,
 )
 from tasks.flights import COPIES, OVERHEAD, estimated_bytes
+from tasks.journal import fold
 from tasks.keys import text_hash
 from tasks.ledger import Ledger
 from tasks.providers.lexical import Lexical
@@ -255,7 +257,7 @@ def test_fail_fast_checks_all_texts_before_anything_is_sent(
     values: Values, simulator: Simulator
 ) -> None:
     with BatchEmbedder(values(on_error="fail_fast")) as embedder:
-        with pytest.raises(CorpusError, match=r"Text 3 of 4: This text is blank"):
+        with pytest.raises(CorpusError, match=r"^Text 3: This text is blank"):
             embedder.embed_batch(["alpha", "beta", " ", "gamma"])
         assert len(simulator.ledger.requests) == 0
         assert embedder.embed("alpha").shape == (DIMENSION,)
@@ -359,6 +361,75 @@ def test_a_config_file_serves_an_embedder_and_its_index_from_one_cache(
     assert (tmp_path / "other").is_dir()
 
 
+def test_a_text_is_what_it_was_when_it_was_asked_for(values: Values, simulator: Simulator) -> None:
+    simulator.change(latency={"base_s": 0.2})
+    given = ["a wolf in the snow", "a bear"]
+    with BatchEmbedder(values(limits={"concurrency": 1})) as embedder:
+        busy = [embedder.submit([f"busy {number}"]) for number in range(3)]
+        asked = embedder.submit(given)
+        given[0] = "two foxes"
+        found = asked.result()
+        assert all(not each.result().errors for each in busy)
+        assert found.texts == ["a wolf in the snow", "a bear"]
+        assert not np.array_equal(embedder.embed("two foxes"), found.vectors[0])
+    with BatchEmbedder(values()) as again:
+        assert np.array_equal(again.embed("a wolf in the snow"), found.vectors[0])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pd.Series(["alpha", "beta", "gamma"], index=[2, 1, 0]),
+        pd.DataFrame({"text": ["x", "alpha", "beta", "gamma"]})["text"][1:],
+        np.array(["alpha", "beta", "gamma"]),
+        (text for text in ["alpha", "beta", "gamma"]),
+        {"alpha": 1, "beta": 2, "gamma": 3},
+    ],
+    ids=["series", "filtered", "array", "generator", "keys"],
+)
+def test_any_iterable_of_texts_is_taken_in_its_order(
+    tmp_path: Path, lexical: Lexical, given: Any
+) -> None:
+    with BatchEmbedder(local(tmp_path)) as embedder:
+        found = embedder.embed_batch(given)
+    assert found.errors == {}
+    assert np.array_equal(found.vectors, expected(["alpha", "beta", "gamma"], lexical))
+
+
+def test_half_of_a_character_is_no_text_and_harms_no_other(tmp_path: Path) -> None:
+    with BatchEmbedder(local(tmp_path)) as embedder:
+        given: list[Any] = ["good", "\ud800bad", 3, b"bytes"]
+        found = embedder.embed_batch(given)
+        with pytest.raises(EmbedOnceError, match="half of a character"):
+            embedder.embed("\ud800bad")
+    assert {at: error.kind for at, error in found.errors.items()} == dict.fromkeys(
+        [1, 2, 3], "not text"
+    )
+    assert found.to_arrow().column("text").to_pylist() == ["good", None, None, None]
+
+
+def test_fail_fast_in_a_stream_names_the_text_by_its_place_in_it(tmp_path: Path) -> None:
+    many = [*texts(95), " ", *texts(50, "plant")]
+    limits = {"texts_per_request": 10, "concurrency": 2}
+    made = local(tmp_path, limits=limits, on_error="fail_fast")
+    with BatchEmbedder(made) as embedder, pytest.raises(CorpusError, match=r"^Text 96: "):
+        list(embedder.stream(many))
+
+
+def test_what_was_found_out_before_a_failure_is_kept(values: Values, simulator: Simulator) -> None:
+    simulator.add(Rule(marker="poison", status=400), Rule(marker="plant", status=503))
+    with BatchEmbedder(values(), retries=0) as embedder:
+        embedder.embed("good")
+        found = embedder.embed_batch([BAD, *texts(1, "plant"), *texts(3)])
+        calls = len(simulator.ledger.requests)
+        again = embedder.embed_batch([BAD])
+    assert found.errors[1].kind == "failed"
+    assert found.errors[0].kind in {"refused", "failed"}
+    if found.errors[0].kind == "refused":
+        assert again.errors[0].kind == "quarantined"
+        assert len(simulator.ledger.requests) == calls
+
+
 # Many at once
 
 
@@ -392,6 +463,53 @@ def test_one_that_gives_up_does_not_take_the_texts_of_another_along(
         with pytest.raises(BatchRefused):
             gives_up.result()
         assert goes_on.result().errors == {}
+
+
+def test_what_another_embedder_pays_for_counts_as_known(
+    values: Values, simulator: Simulator
+) -> None:
+    simulator.change(latency={"base_s": 0.5})
+    with (
+        BatchEmbedder(values()) as one,
+        BatchEmbedder(values()) as two,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        for embedder in (one, two):
+            embedder.embed("ready")
+        first = threads.submit(one.embed_batch, texts(10))
+        time.sleep(0.2)
+        second = threads.submit(two.embed_batch, texts(10)).result()
+        assert np.array_equal(second.vectors, first.result().vectors)
+    assert (second.cache_hits, second.api_calls, second.usd) == (10, 0, 0)
+    assert sum(billed(simulator)) == 11
+
+
+def test_a_cancelled_embedder_leaves_the_calls_of_another_alone(
+    values: Values, simulator: Simulator
+) -> None:
+    simulator.change(latency={"base_s": 0.5})
+    with BatchEmbedder(values()) as idle, BatchEmbedder(values()) as busy:
+        asked = busy.submit(texts(20))
+        while not simulator.ledger.totals()["max_concurrency"]:
+            time.sleep(0.01)
+        idle.cancel()
+        assert asked.result().errors == {}
+    assert [each.n_texts for each in simulator.ledger.requests] == [20]
+
+
+def test_one_text_does_not_wait_for_a_whole_import(values: Values, simulator: Simulator) -> None:
+    simulator.change(latency={"base_s": 0.1})
+    limits = {"texts_per_request": 5, "concurrency": 2}
+    with BatchEmbedder(values(limits=limits)) as embedder:
+        embedder.embed("ready")
+        load = embedder.submit(texts(400))
+        while len(simulator.ledger.requests) < 4:
+            time.sleep(0.01)
+        before = len(simulator.ledger.requests)
+        embedder.embed("somebody waits")
+        assert len(simulator.ledger.requests) - before < 20
+        assert not load.done()
+        embedder.cancel()
 
 
 def test_submit_gives_a_future_and_keeps_to_the_limit_of_calls(
@@ -492,6 +610,7 @@ def test_a_file_is_a_text_a_line_and_what_is_no_text_is_counted(
         (part,) = embedder.stream(file)
         report = embedder.report()
     assert part.found.texts == ["alpha", "", "beta", None, "   ", "gamma"]
+    assert part.found.to_arrow().column("text").null_count == 1
     kinds = {at: error.kind for at, error in part.found.errors.items()}
     assert kinds == {1: "blank", 3: "not text", 4: "blank"}
     assert np.array_equal(
@@ -682,6 +801,96 @@ def test_vectors_are_folded_as_they_come_and_stay_at_hand(
     assert again.cached.all()
     assert np.array_equal(first.vectors, expected(many, lexical))
     assert np.array_equal(again.vectors, first.vectors)
+
+
+class FailingFold:
+    """The disk does not take the cache for a while."""
+
+    def __init__(self, real: Callable[..., int]) -> None:
+        self.real, self.fails = real, False
+
+    def __call__(self, *args: Any) -> int:
+        if self.fails:
+            raise StorageFailed("The disk is full.")
+        return self.real(*args)
+
+
+def test_where_the_cache_takes_nothing_no_more_is_paid_and_what_was_is_kept(
+    values: Values, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FailingFold(fold)
+    monkeypatch.setattr("tasks.flights.fold", disk)
+    monkeypatch.setattr("tasks.flights.FOLD_BYTES", 1)
+    with BatchEmbedder(values()) as embedder:
+        embedder.embed_batch(texts(6))
+        disk.fails = True
+        embedder.embed_batch(texts(6, "kind0"))  # its fold fails behind its back
+        time.sleep(0.2)
+        for _ in range(2):
+            with pytest.raises(StorageFailed, match="The disk is full"):
+                embedder.embed_batch(texts(6, "other"))
+        sent = sum(billed(simulator))
+        assert sent == 12
+        disk.fails = False
+    with BatchEmbedder(values()) as again:
+        assert again.embed_batch(texts(6)).cached.all()
+        assert again.embed_batch(texts(6, "kind0")).cached.all()
+    assert sum(billed(simulator)) == sent
+
+
+def test_ctrl_c_while_it_ends_sends_nothing_more_and_is_in_the_ledger(
+    values: Values, simulator: Simulator
+) -> None:
+    simulator.change(latency={"base_s": 0.3})
+    limits = {"concurrency": 1, "texts_per_request": 5}
+
+    def press() -> None:
+        while len(simulator.ledger.requests) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def end() -> None:
+        with BatchEmbedder(values(limits=limits)) as embedder:
+            embedder.submit(texts(100))
+            threading.Thread(target=press).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        end()
+    sent = len(simulator.ledger.requests)
+    assert sent <= 4
+    time.sleep(0.5)
+    assert len(simulator.ledger.requests) == sent
+    state = values()["state"]["uri"]
+    assert Ledger(state).runs()["state"].tolist() == ["cancelled"]
+    assert list((Path(state) / "runs").iterdir()) == []
+
+
+def test_wrong_ends_and_beginnings_are_told(tmp_path: Path) -> None:
+    for wrong in ({"memory_mb": 0}, {"retries": -1}):
+        with pytest.raises(ValueError, match="memory_mb must be at least 1"):
+            BatchEmbedder(local(tmp_path), **wrong)
+    embedder = BatchEmbedder(local(tmp_path))
+    with embedder:
+        with pytest.raises(RuntimeError, match="open already"):
+            embedder.__enter__()
+        stream = iter(embedder.stream(texts(10_000)))
+        next(stream)
+    with pytest.raises(RuntimeError, match="not open"):
+        list(stream)
+    with pytest.raises(SettingsError, match=r"index: unknown key. Known here: embedding, limits"):
+        BatchEmbedder(local(tmp_path, index={"uri": "x", "table": "y"}))
+
+
+def test_many_small_calls_take_time_in_proportion_to_their_number(tmp_path: Path) -> None:
+    def seconds(count: int) -> float:
+        limits = {"texts_per_request": 10}
+        with BatchEmbedder(local(tmp_path / str(count), limits=limits)) as embedder:
+            started = time.process_time()
+            embedder.embed_batch(texts(count))
+            return time.process_time() - started
+
+    seconds(200)
+    assert seconds(4000) < 12 * seconds(800)
 
 
 DIES = """

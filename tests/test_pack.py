@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 
 from tasks.keys import digest
 from tasks.limits import Limits
-from tasks.pack import Packed, pack
-from tasks.schemas import MISSES, PACKED, TableRef
+from tasks.pack import Packed, cut, pack
+from tasks.schemas import BATCH, MISSES, PACKED, TableRef
 
 ONE = Limits(
     requests_per_minute=None,
@@ -94,3 +95,15 @@ def test_the_time_a_run_takes_follows_from_its_tightest_limit() -> None:
     assert limits.binding(calls=1, tokens=500) == "tokens per minute"
     assert ONE.seconds_needed(calls=9, tokens=9) == 0
     assert ONE.binding(calls=9, tokens=9) == ""
+
+
+def test_texts_are_cut_like_a_plan_and_no_texts_are_no_batch() -> None:
+    rows = [{"text_hash": digest(bytes([n])), "text": f"t{n}", "tokens": 3} for n in range(7)]
+    table = pa.Table.from_pylist(rows, schema=BATCH)
+    limits = replace(ONE, texts_per_request=5, tokens_per_request=9)
+    assert [part.column("text").to_pylist() for part in cut(table, limits)] == [
+        ["t0", "t1", "t2"],
+        ["t3", "t4", "t5"],
+        ["t6"],
+    ]
+    assert cut(table.slice(0, 0), limits) == []

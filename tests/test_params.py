@@ -84,6 +84,14 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(
     assert said in refusal(load, **changed)
 
 
+@pytest.mark.parametrize("url", ["https://me:hunter2@x.y/v1", "https://x.y/v1?key=hunter2"])
+def test_a_secret_in_an_address_is_refused_and_not_shown(load: Load, url: str) -> None:
+    embedding = {"provider": "voyage", "model": "voyage-4", "base_url": url}
+    said = refusal(load, embedding=embedding)
+    assert "embedding.base_url: an address holds no user, password or key." in said
+    assert "hunter2" not in said
+
+
 @pytest.mark.parametrize(
     ("changed", "key", "found"),
     [

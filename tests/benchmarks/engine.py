@@ -239,9 +239,8 @@ def overhead(address: str) -> None:
             with BatchEmbedder(made) as embedder:
                 embedder.embed("ready")
                 seconds = timed(embedder.embed_batch, some)
-        print(
-            f"{name:22} {count:6,}  {most:6,}  {bare:8.2f}  {seconds:9.2f}  {seconds / bare - 1:9.1%}"
-        )
+        shown = f"{name:22} {count:6,}  {most:6,}  {bare:8.2f}  {seconds:9.2f}"
+        print(f"{shown}  {seconds / bare - 1:9.1%}")
 
 
 def _alone(provider: Provider, some: Sequence[str], most: int) -> None:
