@@ -224,6 +224,7 @@ def test_a_users_mistake_is_said_in_words_and_touches_nothing(  # noqa: PLR0917
     assert said.out == ""
 
 
+@pytest.mark.slow
 def test_a_mistake_that_only_the_run_sees_is_said_in_words_too(home: Path) -> None:
     done = embed_once("reindex", "birds.yaml", "--narrow", "nothing", cwd=home)
     assert (done.returncode, done.stdout) == (2, "")
@@ -250,6 +251,7 @@ def simulator(home: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_refused_text_is_exit_code_3_until_it_is_taken(
     home: Path, simulator: tuple["subprocess.Popen[str]", str], patched: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +281,7 @@ def test_a_refused_text_is_exit_code_3_until_it_is_taken(
     patched.delenv("VOYAGE_API_KEY")
 
 
+@pytest.mark.slow
 def test_ctrl_c_sends_nothing_more_and_keeps_what_comes(
     home: Path, tmp_path: Path, patched: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +325,7 @@ def states_of(run_id: str) -> list[str]:
         return [str(state["name"]) for state in json.load(answer)]
 
 
+@pytest.mark.slow
 def test_an_index_held_by_another_run_is_exit_code_6(home: Path) -> None:
     with held(load_config(home / "birds.yaml").index, "the-other-run"):
         done = embed_once("reindex", "birds.yaml", cwd=home)
@@ -329,6 +333,7 @@ def test_an_index_held_by_another_run_is_exit_code_6(home: Path) -> None:
     assert "the-other-run" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_document_that_cannot_be_read_is_exit_code_3(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home, tmp_path / "birds")
     document = tmp_path / "birds" / "corpus" / "owl.md"

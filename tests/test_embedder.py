@@ -881,6 +881,7 @@ def test_wrong_ends_and_beginnings_are_told(tmp_path: Path) -> None:
         BatchEmbedder(local(tmp_path, index={"uri": "x", "table": "y"}))
 
 
+@pytest.mark.slow
 def test_many_small_calls_take_time_in_proportion_to_their_number(tmp_path: Path) -> None:
     def seconds(count: int) -> float:
         limits = {"texts_per_request": 10}

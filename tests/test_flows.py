@@ -442,6 +442,7 @@ def test_a_disk_that_fails_ends_the_run_and_what_was_in_flight_is_kept(
     assert (report.recovered_vectors, report.texts.embedded) == (2, texts - 2)
 
 
+@pytest.mark.slow
 def test_a_killed_run_costs_nothing_but_what_was_in_flight(home: Path) -> None:
     texts = {f"n{n}.txt": f"wolf{n} fox{n} bear{n}" for n in range(400)}
     write(home, **texts)

@@ -910,6 +910,7 @@ def test_a_plan_needs_no_key_no_server_and_no_sdk(
     subprocess.run([sys.executable, "-c", code, str(file)], check=True, env=environment)
 
 
+@pytest.mark.slow
 def test_without_the_sdk_it_says_what_to_install(config: Callable[..., Config]) -> None:
     code = (
         "import sys\n"

@@ -256,6 +256,7 @@ def test_a_wrong_key_costs_one_call_and_is_not_shown(
     assert home.index() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("at_once")
 def test_faults_of_all_kinds_lose_nothing_and_bill_nothing_twice(home: Home) -> None:
     for number, rule in enumerate(
@@ -280,6 +281,7 @@ def test_faults_of_all_kinds_lose_nothing_and_bill_nothing_twice(home: Home) -> 
     assert report.calls.ok == 120
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("at_once")
 def test_an_outage_ends_the_run_cleanly_and_the_next_one_goes_on(home: Home) -> None:
     home.simulator.add(Rule(status=503, requests=frozenset(range(6, 500))))
