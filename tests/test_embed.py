@@ -76,6 +76,9 @@ class ScriptedProvider:
     def estimate(self) -> Lexical:
         return Lexical(self.dimension, self.limits)
 
+    def require(self) -> None:
+        """Nothing can be missing."""
+
     def for_queries(self) -> "ScriptedProvider":
         return self
 

@@ -346,6 +346,9 @@ class Scripted:
     def estimate(self) -> Lexical:
         return Lexical(64, self.limits)
 
+    def require(self) -> None:
+        """Nothing can be missing."""
+
     def for_queries(self) -> "Scripted":
         return self
 

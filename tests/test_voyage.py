@@ -44,7 +44,7 @@ from tasks.errors import (
 from tasks.limits import Learned, Limits
 from tasks.providers import Provider, Vectors, checked_vectors
 from tasks.providers.lexical import Lexical
-from tasks.providers.voyage import Voyage, require_key
+from tasks.providers.voyage import Voyage
 from tasks.providers.voyage_reply import LONGEST_QUOTE, Reply, learned_from, quoted
 from tasks.simulator import Rule, Settings, Simulator
 
@@ -512,18 +512,18 @@ def test_without_a_key_nothing_is_sent(
     simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     provider = voyage(simulator)
-    require_key(provider)
+    provider.require()
     for value in (None, "", " \n", "two words", "pa-\u2013", "pa-\x00"):
         if value is None:
             monkeypatch.delenv("VOYAGE_API_KEY")
         elif "\x00" not in value:
             monkeypatch.setenv("VOYAGE_API_KEY", value)
         with pytest.raises(SettingsError, match="VOYAGE_API_KEY"):
-            require_key(provider)
+            provider.require()
         with pytest.raises(ProviderDenied, match="VOYAGE_API_KEY"):
             provider.embed(sentences(1))
     assert simulator.ledger.totals()["calls"] == 0
-    require_key(Lexical(64, LIMITS))
+    Lexical(64, LIMITS).require()
 
 
 def test_white_space_around_a_key_does_not_count(
@@ -547,11 +547,11 @@ def test_a_key_comes_from_a_secret_block(
         block: Any = Secret(value=value)
         block.save(name)
     provider = voyage(simulator, api_key_block="voyage-key")
-    require_key(provider)
+    provider.require()
     provider.embed(sentences(1))
     for name in ("not-there", "no-key"):
         with pytest.raises(SettingsError, match=name):
-            require_key(replace(provider, api_key_block=name))
+            replace(provider, api_key_block=name).require()
     simulator.add(status(401))
     assert "block 'voyage-key'" in str(failed(provider, sentences(1)))
 
@@ -568,7 +568,7 @@ def test_a_prefect_that_is_away_is_no_reason_to_give_up(
     provider = voyage(simulator, api_key_block="elsewhere")
     assert type(failed(provider, sentences(1))) is ProviderBusy
     with pytest.raises(SettingsError, match="ConnectionError"):
-        require_key(provider)
+        provider.require()
 
 
 def free_port() -> int:

@@ -117,6 +117,13 @@ class Provider(Protocol):
     def prepare(self) -> None:
         """Load what the first call needs, so that it is sent when the limiter lets it go."""
 
+    def require(self) -> None:
+        """Fail early where a key or a package is missing; nothing is sent.
+
+        Raises:
+            SettingsError: What is missing, and how to come by it.
+        """
+
     def for_queries(self) -> "Provider":
         """The one that embeds what is searched for; its vectors compare with those of `space`."""
 

@@ -119,6 +119,9 @@ class Lexical:
     def prepare(self) -> None:
         """Nothing to load."""
 
+    def require(self) -> None:
+        """Nothing can be missing."""
+
     def for_queries(self) -> "Lexical":
         """A query is embedded like a document."""
         return self

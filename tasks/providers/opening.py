@@ -9,11 +9,10 @@ from tasks.params import Embedding, Engine
 from tasks.prepare import Preparation
 from tasks.providers import Provider
 from tasks.providers.lexical import Lexical
-from tasks.providers.loaded_model import require_installed
 from tasks.providers.model_folder import read_model
 from tasks.providers.openai import OpenAI
 from tasks.providers.sentence_transformers import CONCURRENCY, SentenceTransformers
-from tasks.providers.voyage import Voyage, require_key
+from tasks.providers.voyage import Voyage
 from tasks.tokens import TokenizerEstimate, load
 
 
@@ -90,11 +89,7 @@ def open_embedder(config: Engine) -> Provider:
             limits a minute are given to a provider that has none.
     """
     provider = open_provider(config)
-    if isinstance(provider, OpenAI):
-        provider.require()
-    if isinstance(provider, SentenceTransformers):
-        require_installed(provider.setup)
-    require_key(provider)
+    provider.require()
     if isinstance(provider, Lexical | SentenceTransformers):
         for name in ("requests_per_minute", "tokens_per_minute"):
             if getattr(config.limits, name) is not None:

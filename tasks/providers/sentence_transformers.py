@@ -19,7 +19,7 @@ from tasks.errors import BatchRefused, ProviderBusy, ProviderDenied, SettingsErr
 from tasks.limits import Learned, Limits
 from tasks.prepare import PLAIN, Preparation
 from tasks.providers import Answer, Space, Vectors
-from tasks.providers.loaded_model import Running, Setup, running_model
+from tasks.providers.loaded_model import Running, Setup, require_installed, running_model
 from tasks.providers.model_folder import ModelFolder
 from tasks.providers.parts import Counts, PartFailed, Positions, encode_in_parts
 from tasks.tokens import TokenizerEstimate
@@ -143,6 +143,14 @@ class SentenceTransformers:
             return ""
         query = self.input_type == "query"
         return self.model.query_prompt if query else self.model.document_prompt
+
+    def require(self) -> None:
+        """Fail early where the library, or what the backend needs, is not installed.
+
+        Raises:
+            SettingsError: What is missing, or what does not go together.
+        """
+        require_installed(self.setup)
 
     def for_queries(self) -> "SentenceTransformers":
         """The same with the model's prompt for what is searched with."""

@@ -16,7 +16,7 @@ from tasks.catalog import FREE_TRIAL, catalog
 from tasks.errors import AnswerRejected, ProviderDenied
 from tasks.limits import Estimator, Learned, Limits
 from tasks.prepare import PLAIN, Preparation
-from tasks.providers import Answer, Provider, Space
+from tasks.providers import Answer, Space
 from tasks.providers.answers import billed_tokens, numbers_in_base64
 from tasks.providers.api_key import KeySource
 from tasks.providers.deadline import give_up
@@ -91,6 +91,14 @@ class Voyage:
     def key_source(self) -> KeySource:
         """Where its key is."""
         return KeySource(KEY_VARIABLE, self.api_key_block, "Voyage AI", _WAY_TO_A_KEY)
+
+    def require(self) -> None:
+        """Fail early where there is no key; the key itself is not tried.
+
+        Raises:
+            SettingsError: There is no key to be had.
+        """
+        self.key_source.require()
 
     def for_queries(self) -> "Voyage":
         """The same for texts that are searched with, not for."""
@@ -179,13 +187,3 @@ class Voyage:
             positions=tuple(positions),
             billed_tokens=billed_tokens(outcome.result),
         )
-
-
-def require_key(provider: Provider) -> None:
-    """Fail early where a provider needs a key and has none; the key itself is not tried.
-
-    Raises:
-        SettingsError: There is no key to be had.
-    """
-    if isinstance(provider, Voyage):
-        provider.key_source.require()
