@@ -902,7 +902,7 @@ state, base_url = sys.argv[1:]
 embedding = {"provider": "voyage", "model": "voyage-4", "dimension": 256, "base_url": base_url}
 limits = {"texts_per_request": 10, "concurrency": 2}
 def watch():
-    while len(list(Path(state).glob("runs/*/answers/*"))) < 5:
+    while len(list(Path(state).glob("runs/*/answers/*.arrow"))) < 5:
         time.sleep(0.005)
     os.kill(os.getpid(), signal.SIGKILL)
 threading.Thread(target=watch, daemon=True).start()
@@ -923,7 +923,7 @@ def test_after_a_kill_the_next_one_pays_for_what_is_missing_only(
     time.sleep(0.3)
     with BatchEmbedder(values()) as embedder:
         found = embedder.embed_batch(texts(400))
-    assert found.cache_hits >= 40  # the fifth answer may not have had its name yet
+    assert found.cache_hits >= 50
     assert 400 <= sum(billed(simulator)) <= 400 + 2 * 10
     runs = Ledger(state).runs()
     assert runs["state"].tolist() == ["died", "completed"]
