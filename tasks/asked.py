@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from tasks.embeddings import TextError
-from tasks.keys import KeySet, digest_column, first_of_each
+from tasks.keys import KeySet, digest_column, first_of_each, has_bytes
 from tasks.providers import Vectors
 
 
@@ -73,19 +73,10 @@ def _invalid(texts: list[object]) -> dict[int, TextError]:
             errors[at] = TextError("not text", f"This is no text: it is {type(text).__name__}.")
         elif not text.strip():
             errors[at] = TextError("blank", "This text is blank; there is nothing to embed.")
-        elif not text.isascii() and not _has_bytes(text):
+        elif not has_bytes(text):
             errors[at] = TextError("not text", "This is no text: it holds half of a character.")
     return errors
 
 
 def _no_text(error: TextError | None) -> bool:
     return error is not None and error.kind == "not text"
-
-
-def _has_bytes(text: str) -> bool:
-    """Whether `text` can be sent at all; half of a character cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

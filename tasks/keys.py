@@ -30,6 +30,17 @@ def text_hash(text: str) -> bytes:
     return digest(text.encode())
 
 
+def has_bytes(text: str) -> bool:
+    """Whether `text` can be hashed and sent at all: half of a character has no bytes in UTF-8."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def document_key(document: str | None) -> bytes:
     """Fixed-width name of a document."""
     return NO_DOCUMENT if document is None else digest(document.encode())

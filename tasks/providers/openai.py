@@ -17,6 +17,7 @@ from pydantic import SecretStr
 
 from tasks.catalog import catalog
 from tasks.errors import AnswerRejected, BatchRefused, ProviderDenied, SettingsError
+from tasks.keys import has_bytes
 from tasks.limits import Estimator, Learned, Limits
 from tasks.prepare import PLAIN, Preparation
 from tasks.providers import Answer, Space
@@ -215,7 +216,7 @@ def at_openai(url: str) -> bool:
 
 def _refuse_half_characters(texts: Sequence[str]) -> None:
     """Keep texts from being sent that have no bytes in UTF-8, in which JSON is sent."""
-    bad = [at for at, text in enumerate(texts) if not text.isascii() and not _has_bytes(text)]
+    bad = [at for at, text in enumerate(texts) if not has_bytes(text)]
     if bad:
         lengths = ", ".join(f"number {at} of {len(texts[at])} characters" for at in bad[:5])
         raise BatchRefused(
@@ -223,14 +224,6 @@ def _refuse_half_characters(texts: Sequence[str]) -> None:
             f"counted from 0: {lengths}.",
             positions=tuple(bad),
         )
-
-
-def _has_bytes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _numbers(embedding: object) -> bytes:
