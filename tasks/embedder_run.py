@@ -85,16 +85,15 @@ class EmbedderRun:
             self._callers = ThreadPoolExecutor(self._about.concurrency, thread_name_prefix="asked")
             self._stack = stack.pop_all()
 
-    def answer(self, texts: Iterable[object]) -> Embeddings:
-        """`embed_batch` in the caller's own thread."""
-        asked = Asked(texts)
+    def answer(self, texts: Sequence[object], start: int = 0) -> Embeddings:
+        """`embed_batch`; the first of `texts` is number `start` of what is asked for."""
         with self._tally.at_work():
-            return self._answered(asked, 0)
+            return self._answered(Asked(texts), start)
 
     def submit(self, texts: Sequence[object], start: int = 0) -> "Future[Embeddings]":
-        """The same on the pool; the first of `texts` is number `start` of what is asked for."""
+        """The same on the pool of threads."""
         try:
-            return self._callers.submit(self._answer, texts, start)
+            return self._callers.submit(self.answer, texts, start)
         except RuntimeError:  # the block has ended
             raise RuntimeError(NOT_OPEN) from None
 
@@ -145,10 +144,6 @@ class EmbedderRun:
         """Whether so many texts of a stream are enough for two such windows to fill all slots."""
         most = self._flights.most_texts(texts, characters)
         return texts >= most * max(2, self._about.concurrency // 2)
-
-    def _answer(self, texts: Sequence[object], start: int) -> Embeddings:
-        with self._tally.at_work():
-            return self._answered(Asked(texts), start)
 
     def _answered(self, asked: Asked, start: int) -> Embeddings:
         started = time.perf_counter()

@@ -5,9 +5,10 @@ and writes down the rows that the index will gain. A document that changed again
 first pass keeps its old rows: the next run sees it as it is then.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from tasks.keys import (
     first_of_each,
     identified,
 )
-from tasks.limits import Packer, Sizes
+from tasks.limits import Limits, Packer
 from tasks.read import Reader, ReadNotes
 from tasks.schemas import (
     BATCH,
@@ -57,6 +58,16 @@ class Filled:
     updates: int
     unsettled: int
     left_out: pa.Table
+
+
+class Sizes(Protocol):
+    """What is known by now of the sizes of texts and of calls."""
+
+    def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
+        """Estimated tokens of each of `texts`."""
+
+    def request_limits(self) -> Limits:
+        """What one call takes, with a margin for estimates."""
 
 
 class Filling:

@@ -76,16 +76,6 @@ class Estimator(Protocol):
         """Tokens of each of `texts`, at least 1."""
 
 
-class Sizes(Protocol):
-    """What is known by now of the sizes of texts and of calls."""
-
-    def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
-        """Estimated tokens of each of `texts`."""
-
-    def request_limits(self) -> Limits:
-        """What one call takes, with a margin for estimates."""
-
-
 class Packer:
     """Fills batches in the order the texts come.
 
