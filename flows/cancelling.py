@@ -6,13 +6,12 @@ began to publish is published to the end.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextvars import copy_context
 from typing import TypeVar
 
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment, flow_run
 
+from tasks.aside import Aside
 from tasks.errors import EmbedOnceError
 
 T = TypeVar("T")
@@ -49,19 +48,16 @@ class Whole:
         self._cancel: BaseException | None = None
 
     def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns; it runs in a thread of its own, which no signal interrupts."""
-        begun = list[Future[T]]()
-        with ThreadPoolExecutor(1) as thread:
-            while not (begun and begun[0].done()):
-                try:
-                    if not begun:
-                        begun.append(thread.submit(copy_context().run, work))
-                    wait(begun)
-                except CANCELS as cancel:
-                    if not begun:
-                        raise
-                    self._cancel = cancel
-        return begun[0].result()
+        """What `work` returns; it is done aside."""
+        aside = Aside(work)
+        while not aside.ended:
+            try:
+                aside.wait()
+            except CANCELS as cancel:
+                if not aside.has_begun():
+                    raise
+                self._cancel = cancel
+        return aside.result()
 
     def end(self) -> None:
         """Raise the cancel that came meanwhile, if one did."""

@@ -4,6 +4,7 @@ Answers are folded into the cache in groups as they come in, failures are kept f
 """
 
 import itertools
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -14,6 +15,7 @@ from prefect.runtime import task_run
 
 from flows.cancelling import ENDS
 from tasks.artifacts import ProgressArtifact
+from tasks.aside import Aside
 from tasks.claims import Shared, take_up
 from tasks.embed import RETRIES, Embedded, embed_batch, retry_when_busy
 from tasks.errors import EmbedOnceError, RunStopped, StorageFailed
@@ -85,7 +87,6 @@ def embed_all(
         sizes=sender,
         folder=folder.staging,
     )
-    size = WAVE * found.provider.limits.concurrency
     progress = ProgressArtifact(found.config.name) if found.packed.texts else None
     collected = _Collected(folder, found, sender)
     with ExitStack() as stack:
@@ -94,20 +95,11 @@ def embed_all(
         stack.enter_context(collected.ending_the_run())
         stack.callback(sender.save)
         try:
-            batches, first = filling.batches(), True
-            with collected.ending_the_run():
-                while wave := list(itertools.islice(batches, 1 if first else sender.ahead(size))):
-                    collected.flying += embed.map(wave, unmapped(terms))
-                    # The first answer tells how large the next batches may be.
-                    collected.take(down_to=0 if first else sender.ahead(size))
-                    first = False
-                    if collected.failed:
-                        break
-            collected.take(down_to=0)
+            Aside(lambda: _send(filling.batches(), terms, collected)).result()
         except ENDS:
             sender.settle("The run was cancelled.")
             with suppress(EmbedOnceError):  # then the next run folds them
-                fold(folder, found.cache)
+                collected.fold()
             raise
         except BaseException:  # what waits is not sent any more
             sender.stop(RunStopped("The run was ended."))
@@ -115,6 +107,24 @@ def embed_all(
     collected.finish()
     filled = filling.finish(found.refused(collected.refused))
     return filled, collected.refused, collected.shared, sender.limiter.statistics()
+
+
+def _send(batches: Iterator[Batch], terms: Terms, collected: "_Collected") -> None:
+    """Map batch after batch, and take in what they bring, until all is in or nothing may be sent.
+
+    Done aside: tasks and whoever waits for them share locks.
+    """
+    sender, first = sender_of(terms), True
+    size = WAVE * terms.provider.limits.concurrency
+    with collected.ending_the_run():
+        while not sender.stopped and (
+            wave := list(itertools.islice(batches, 1 if first else sender.ahead(size)))
+        ):
+            collected.flying += embed.map(wave, unmapped(terms))
+            # The first answer tells how large the next batches may be.
+            collected.take(down_to=0 if first else sender.ahead(size))
+            first = False
+    collected.take(down_to=0)
 
 
 class _Collected:
@@ -125,6 +135,7 @@ class _Collected:
         self._found = found
         self._sender = sender
         self._unfolded: list[str] = []
+        self._folding = threading.Lock()
         self._waiting = 0
         self._done = 0
         self.shared = Shared()
@@ -153,9 +164,10 @@ class _Collected:
         self._waiting += outcome.texts
         self._done += outcome.texts + len(outcome.refused) + len(outcome.found)
         tell(Progress("embedding", self._done, self._found.packed.texts))
-        if self._waiting >= FOLD_TEXTS and not self.failed:
-            with self.ending_the_run():
-                fold(self._folder, self._found.cache, self._unfolded)
+        if self._waiting >= FOLD_TEXTS:
+            with self.ending_the_run(), self._folding:
+                if not self._sender.stopped:  # else all is folded at the end
+                    fold(self._folder, self._found.cache, self._unfolded)
             self._unfolded, self._waiting = [], 0
 
     @contextmanager
@@ -170,10 +182,19 @@ class _Collected:
         self.failed.append(error)
         self._sender.stop(RunStopped("Another batch has ended the run."))
 
+    def fold(self) -> None:
+        """Fold what is not folded yet, of batches that failed too.
+
+        Raises:
+            EmbedOnceError: The cache cannot be written; the answers stay in the journal.
+        """
+        with self._folding:
+            fold(self._folder, self._found.cache)
+
     def finish(self) -> None:
         """Fold the rest, of batches that failed too, then say what failed."""
         with self.ending_the_run():
-            fold(self._folder, self._found.cache)
+            self.fold()
         if not self.failed:
             take_up(self._found.cache, self._folder.state_uri, self.shared.hashes)
             return

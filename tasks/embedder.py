@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tasks.aside import out_of_reach
 from tasks.embed import RETRIES
 from tasks.embedder_report import EmbedderReport
 from tasks.embedder_run import NOT_OPEN, EmbedderRun
@@ -94,7 +95,8 @@ class BatchEmbedder:
             ProviderError: No call can work, or on_error is fail_fast and one did not.
             StorageFailed: The state takes no answers; nothing more is sent.
         """
-        return self._opened().answer(_copied(texts))
+        run, copied = self._opened(), _copied(texts)
+        return out_of_reach(lambda: run.answer(copied))
 
     def submit(self, texts: Iterable[str]) -> "Future[Embeddings]":
         """`embed_batch` on a bounded pool of threads; in async code, `asyncio.wrap_future` it.

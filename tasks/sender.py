@@ -185,6 +185,11 @@ class Sender:
         self.limiter.stop(error)
         self._stopped.set()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing more is sent."""
+        return self._stopped.is_set()
+
     def pause_before(self, attempt: int) -> None:
         """Wait before a retry: 1, 2, 4, … s, give or take a half, or until all is stopped."""
         if attempt > 1:

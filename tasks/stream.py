@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.aside import out_of_reach
 from tasks.embeddings import Embeddings, StreamProgress
 from tasks.errors import SettingsError
 from tasks.params import FilesSource
@@ -78,7 +79,7 @@ class Stream:
                     read += len(window)
                 if not flying:
                     return
-                found = flying.popleft().result()
+                found = out_of_reach(flying.popleft().result)
                 start, completed = completed, completed + len(found)
                 failed, parts, calls = (
                     failed + len(found.errors),

@@ -2,7 +2,9 @@
 
 import itertools
 import shutil
+import signal
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -214,6 +216,23 @@ def library_class() -> type[Library]:
 @pytest.fixture
 def library(tmp_path: Path, reindex: Callable[..., "Ran"]) -> Library:
     return Library(tmp_path, reindex)
+
+
+@pytest.fixture(scope="session")
+def python() -> list[str]:
+    """The start of a command that heeds Ctrl-C, also where a script runs it in the background."""
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv({0}, {1})"
+    )
+    return [sys.executable, "-c", code.format("sys.executable", "[sys.executable, *sys.argv[1:]]")]
+
+
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C is heeded in this process, also where a script started it in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Died(Exception):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from flows.cancelling import Whole
+from flows.reindex import run
 from tasks.errors import RunStopped
 from tasks.history import history
 from tasks.index import generations, open_index
@@ -23,6 +24,7 @@ from tasks.journal import RunFolder
 from tasks.limits import Limits
 from tasks.notes import Call
 from tasks.params import load_config
+from tasks.progress import listening
 from tasks.providers.lexical import Lexical
 from tasks.providers.voyage import Voyage
 from tasks.sender import Sender, Terms
@@ -43,8 +45,15 @@ state: {{uri: ./state}}
 class Home:
     """A table of texts, its config, the simulator, and the command as a process."""
 
-    def __init__(self, folder: Path, simulator: Simulator, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        simulator: Simulator,
+        environment: dict[str, str],
+        python: list[str],
+    ) -> None:
         self.folder = folder
+        self.python = python
         self.simulator = simulator
         self.environment = {**environment, "VOYAGE_API_KEY": KEY}
         self.config = folder / "birds.yaml"
@@ -58,11 +67,10 @@ class Home:
     def start(self, *settings: str, **options: Any) -> "subprocess.Popen[str]":
         sets = [part for setting in settings for part in ("--set", setting)]
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", "reindex", str(self.config), *sets],
+            [*self.python, "-m", "flows.cli", "reindex", str(self.config), *sets],
             env=self.environment,
             stdout=subprocess.DEVNULL,
             text=True,
-            preexec_fn=heed_ctrl_c,  # noqa: PLW1509
             **{"stderr": subprocess.PIPE, **options},
         )
 
@@ -102,11 +110,6 @@ def arrived(simulator: Simulator) -> int:
     return simulator.ledger._arrivals  # noqa: SLF001 - the totals are of calls answered
 
 
-def heed_ctrl_c() -> None:
-    """In a new process: what runs in the background of a script ignores it, and so would we."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -115,33 +118,26 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
 
 
 @contextmanager
-def simulated(folder: Path, environment: dict[str, str]) -> Iterator[Home]:
+def simulated(folder: Path, environment: dict[str, str], python: list[str]) -> Iterator[Home]:
     settings = Settings(keys=frozenset([KEY]), latency=Latency(base_s=1))
     with Simulator(settings) as simulator:
-        yield Home(folder, simulator, environment)
+        yield Home(folder, simulator, environment, python)
 
 
 @pytest.fixture
-def home(tmp_path: Path, prefect_api: str) -> Iterator[Home]:
-    with simulated(tmp_path, {**os.environ, "PREFECT_API_URL": prefect_api}) as home:
+def home(tmp_path: Path, prefect_api: str, python: list[str]) -> Iterator[Home]:
+    with simulated(tmp_path, {**os.environ, "PREFECT_API_URL": prefect_api}, python) as home:
         yield home
 
 
 @pytest.fixture
-def no_server(tmp_path: Path) -> Iterator[Home]:
+def no_server(tmp_path: Path, python: list[str]) -> Iterator[Home]:
     """A home where no Prefect server is named."""
     (tmp_path / "prefect").mkdir()
     kept = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
-    with simulated(tmp_path, {**kept, "PREFECT_HOME": str(tmp_path / "prefect")}) as home:
+    environment = {**kept, "PREFECT_HOME": str(tmp_path / "prefect")}
+    with simulated(tmp_path, environment, python) as home:
         yield home
-
-
-@pytest.fixture
-def heeded() -> Iterator[None]:
-    """Ctrl-C is heeded in this process, also where a script started it in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("heeded")
@@ -212,6 +208,28 @@ def test_a_command_that_is_terminated_says_so_in_a_line(tmp_path: Path) -> None:
         out, said = planning.communicate(timeout=60)
     assert (planning.returncode, out) == (130, "")
     assert said == "embed-once: cancelled; what was paid for is kept, run again.\n"
+
+
+def main_waits_in() -> str:
+    """Where the main thread is."""
+    ident = threading.main_thread().ident
+    assert ident is not None
+    code = sys._current_frames()[ident].f_code  # noqa: SLF001 - Python has no other way
+    return f"{Path(code.co_filename).name}:{code.co_name}"
+
+
+def test_no_signal_can_hit_a_lock_that_the_run_waits_for(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VOYAGE_API_KEY", KEY)
+    home.simulator.change(latency=Latency(base_s=0.05))
+    home.write(12)
+    seen = list[tuple[str, str]]()
+    with listening(lambda progress: seen.append((progress.stage, main_waits_in()))):
+        run(str(home.config))
+    waits = {where for stage, where in seen if stage in ("embedding", "publishing")}
+    assert [stage for stage, _ in seen].count("embedding") == 12
+    assert waits == {"aside.py:wait"}
 
 
 @pytest.mark.slow

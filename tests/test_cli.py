@@ -66,11 +66,6 @@ VOYAGE = [
 ]  # fmt: skip
 
 
-def heed_ctrl_c() -> None:
-    """In a new process: what runs in the background of a script ignores it, and so would we."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def embed_once(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "flows.cli", *arguments],
@@ -233,15 +228,12 @@ def test_a_mistake_that_only_the_run_sees_is_said_in_words_too(home: Path) -> No
 
 
 @pytest.fixture
-def simulator(home: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+def simulator(home: Path, python: list[str]) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """`embed-once simulate` with a bad text, and its address."""
     (home / "rules.yaml").write_text("- {marker: Ducks, status: 400, detail: No ducks.}\n")
-    command = [sys.executable, "-m", "flows.cli", "simulate", "--port", "0", "--rules"]
+    command = [*python, "-m", "flows.cli", "simulate", "--port", "0", "--rules"]
     process = subprocess.Popen(
-        [*command, str(home / "rules.yaml")],
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_ctrl_c,  # noqa: PLW1509
+        [*command, str(home / "rules.yaml")], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     address = re.search(r"http://127\.0\.0\.1:\d+/v1", process.stdout.readline())
@@ -283,7 +275,7 @@ def test_a_refused_text_is_exit_code_3_until_it_is_taken(
 
 @pytest.mark.slow
 def test_ctrl_c_sends_nothing_more_and_keeps_what_comes(
-    home: Path, tmp_path: Path, patched: pytest.MonkeyPatch
+    home: Path, tmp_path: Path, patched: pytest.MonkeyPatch, python: list[str]
 ) -> None:
     rows = [{"id": str(number), "text": f"bird number {number}"} for number in range(200)]
     (tmp_path / "birds.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -292,12 +284,12 @@ def test_ctrl_c_sends_nothing_more_and_keeps_what_comes(
         patched.setenv("VOYAGE_API_KEY", "pa-any")
         process = subprocess.Popen(
             [
-                sys.executable, "-m", "flows.cli", "reindex", "birds.yaml", *VOYAGE,
+                *python, "-m", "flows.cli", "reindex", "birds.yaml", *VOYAGE,
                 "--set", "source={kind: table, path: birds.jsonl}",
                 "--set", f"embedding.base_url={simulator.base_url}",
                 "--set", "limits.texts_per_request=1",
             ],
-            cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c,  # noqa: PLW1509
+            cwd=tmp_path, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         while simulator.ledger.totals()["calls"] < 12 and process.poll() is None:
             time.sleep(0.05)

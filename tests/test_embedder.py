@@ -842,6 +842,7 @@ def test_where_the_cache_takes_nothing_no_more_is_paid_and_what_was_is_kept(
     assert sum(billed(simulator)) == sent
 
 
+@pytest.mark.usefixtures("heeded")
 def test_ctrl_c_while_it_ends_sends_nothing_more_and_is_in_the_ledger(
     values: Values, simulator: Simulator
 ) -> None:
@@ -858,13 +859,8 @@ def test_ctrl_c_while_it_ends_sends_nothing_more_and_is_in_the_ledger(
             embedder.submit(texts(100))
             threading.Thread(target=press).start()
 
-    # Where the tests run in the background of a shell, Ctrl-C is ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            end()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        end()
     sent = len(simulator.ledger.requests)
     assert sent <= 10  # of 20
     time.sleep(0.5)
@@ -872,6 +868,30 @@ def test_ctrl_c_while_it_ends_sends_nothing_more_and_is_in_the_ledger(
     state = values()["state"]["uri"]
     assert Ledger(state).runs()["state"].tolist() == ["cancelled"]
     assert list((Path(state) / "runs").iterdir()) == []
+
+
+def test_ctrl_c_cannot_hit_a_lock_that_an_answer_waits_for(
+    values: Values, simulator: Simulator
+) -> None:
+    simulator.change(latency={"base_s": 0.2})
+    main, seen = threading.main_thread().ident, set[str]()
+    assert main is not None
+
+    def look(until: threading.Event) -> None:
+        while not until.wait(0.02):
+            seen.add(sys._current_frames()[main].f_code.co_qualname)  # noqa: SLF001
+
+    with BatchEmbedder(values(limits={"texts_per_request": 5})) as embedder:
+        for ask in (embedder.embed_batch, lambda some: list(embedder.stream(some))):
+            over = threading.Event()
+            looking = threading.Thread(target=look, args=(over,))
+            seen.clear()
+            looking.start()
+            ask(texts(20, f"{ask}"))
+            over.set()
+            looking.join()
+            assert "Aside.wait" in seen
+            assert not [name for name in seen if name.startswith(("Condition", "Future", "Event"))]
 
 
 def test_wrong_ends_and_beginnings_are_told(tmp_path: Path) -> None:

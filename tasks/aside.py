@@ -1,0 +1,75 @@
+"""Aside: work in a thread of its own, out of reach of Ctrl-C and SIGTERM.
+
+Python raises what a signal means between any two instructions of the main thread, also where
+that has just taken the lock of a future or a condition. Such a lock is never released, and the
+thread that brings the future its result waits for good. So whatever shares locks with other
+threads is done aside, and the main thread waits by a bare lock that nobody else wants.
+"""
+
+import _thread
+import threading
+from collections.abc import Callable
+from contextvars import copy_context
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Aside(Generic[T]):
+    """Work for a thread of its own. The thread starts when it is first waited for."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        context = copy_context()
+        self._work: Callable[[], T] = lambda: context.run(work)
+        self._asked = False
+        self._gate = threading.Lock()
+        self._running = threading.Lock()
+        self._running.acquire()
+        self._value: T
+        self._error: BaseException | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is done."""
+        return not self._running.locked()
+
+    def has_begun(self) -> bool:
+        """Whether it has begun; what has not, never will once this was asked."""
+        return not self._gate.acquire(blocking=False)
+
+    def wait(self) -> None:
+        """Wait until it is done. A signal may end the wait, but not the work."""
+        if not self._asked:
+            self._asked = True
+            # Thread.start() would wait for the new thread by a condition, see above.
+            _thread.start_new_thread(self._run, ())
+        with self._running:
+            pass
+
+    def result(self) -> T:
+        """What the work returned.
+
+        Raises:
+            BaseException: What the work raised, or what a signal means.
+        """
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def _run(self) -> None:
+        if not self._gate.acquire(blocking=False):
+            return
+        try:
+            self._value = self._work()
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            self._error = error
+        finally:
+            self._running.release()
+
+
+def out_of_reach(work: Callable[[], T]) -> T:
+    """What `work` returns, done where no signal interrupts it."""
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    return Aside(work).result()

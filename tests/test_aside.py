@@ -1,0 +1,128 @@
+"""Work aside: a signal ends the wait of the main thread, and harms nobody else."""
+
+import itertools
+import random
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import ContextVar
+
+import pytest
+
+from flows.cancelling import Whole
+from tasks.aside import Aside, out_of_reach
+
+pytestmark = pytest.mark.usefixtures("heeded")
+
+
+def press(after_s: float) -> threading.Thread:
+    """Ctrl-C after so many seconds."""
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(after_s, signal.pthread_kill, [main, signal.SIGINT])
+    timer.start()
+    return timer
+
+
+def futures_at_work(seconds: float) -> int:
+    """So many futures that were waited for; all that time this thread takes and frees locks."""
+    ended, count = time.monotonic() + seconds, 0
+    with ThreadPoolExecutor(4) as pool:
+        while time.monotonic() < ended:
+            count += len(wait([pool.submit(int) for _ in range(8)]).done)
+    return count
+
+
+def test_what_the_work_returns_or_raises_comes_back() -> None:
+    assert Aside(lambda: 7).result() == 7
+
+    def fails() -> int:
+        raise LookupError("not there")
+
+    aside = Aside(fails)
+    for _ in range(2):
+        with pytest.raises(LookupError, match="not there"):
+            aside.result()
+
+
+def test_it_is_done_once_in_another_thread_and_in_the_context_of_who_asks() -> None:
+    name = ContextVar("name", default="nobody")
+    name.set("wolf")
+    seen = list[tuple[str, bool]]()
+    aside = Aside(lambda: seen.append((name.get(), on_main())))
+    assert not aside.ended
+    aside.wait()
+    aside.wait()
+    assert (seen, aside.ended) == ([("wolf", False)], True)
+
+
+def on_main() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def test_only_the_main_thread_goes_aside() -> None:
+    assert not out_of_reach(on_main)
+    here = list[bool]()
+    thread = threading.Thread(
+        target=lambda: here.append(out_of_reach(threading.get_ident) == threading.get_ident())
+    )
+    thread.start()
+    thread.join()
+    assert here == [True]
+
+
+def test_what_has_not_begun_never_will() -> None:
+    done = list[int]()
+    aside = Aside(lambda: done.append(1))
+    assert not aside.has_begun()
+    waiting = threading.Thread(target=aside.wait, daemon=True)
+    waiting.start()
+    waiting.join(0.1)
+    assert not done
+    aside = Aside(lambda: done.append(1))
+    aside.wait()
+    assert aside.has_begun()
+
+
+def test_ctrl_c_at_any_moment_leaves_no_lock_behind() -> None:
+    moments, interrupted = random.Random(7), 0
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # the main thread loses its turn anywhere
+    try:
+        for _ in range(100):
+            pressed = press(moments.uniform(0, 0.02))
+            aside = Aside(lambda: futures_at_work(0.02))
+            try:
+                aside.result()
+                pressed.join()
+                time.sleep(0.001)
+            except KeyboardInterrupt:
+                interrupted += 1
+            pressed.join()
+            if aside.has_begun():
+                finished = time.monotonic() + 20
+                while not aside.ended:
+                    assert time.monotonic() < finished, "a thread waits for a lock for good"
+                    time.sleep(0.001)
+                assert aside.result() > 0
+    finally:
+        sys.setswitchinterval(switching)
+    assert interrupted > 50
+
+
+def test_work_that_must_be_whole_is_whole_whenever_a_cancel_comes() -> None:
+    moments, cancelled, begun = random.Random(8), 0, itertools.count()
+    for _ in range(50):
+        whole = Whole()
+        pressed = press(moments.uniform(0, 0.01))
+        try:
+            assert whole.run(lambda: next(begun) + futures_at_work(0.01)) > 0
+            pressed.join()
+            time.sleep(0.001)
+            whole.end()
+        except KeyboardInterrupt:
+            cancelled += 1
+        pressed.join()
+    assert cancelled == 50
