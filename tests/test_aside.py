@@ -92,15 +92,14 @@ def test_ctrl_c_at_any_moment_leaves_no_lock_behind() -> None:
     sys.setswitchinterval(1e-5)  # the main thread loses its turn anywhere
     try:
         for _ in range(100):
-            pressed = press(moments.uniform(0, 0.02))
             aside = Aside(lambda: futures_at_work(0.02))
             try:
+                pressed = press(moments.uniform(0.001, 0.02))
                 aside.result()
                 pressed.join()
                 time.sleep(0.001)
             except KeyboardInterrupt:
                 interrupted += 1
-            pressed.join()
             if aside.has_begun():
                 finished = time.monotonic() + 20
                 while not aside.ended:
@@ -116,13 +115,12 @@ def test_work_that_must_be_whole_is_whole_whenever_a_cancel_comes() -> None:
     moments, cancelled, begun = random.Random(8), 0, itertools.count()
     for _ in range(50):
         whole = Whole()
-        pressed = press(moments.uniform(0, 0.01))
         try:
+            pressed = press(moments.uniform(0.001, 0.01))
             assert whole.run(lambda: next(begun) + futures_at_work(0.01)) > 0
             pressed.join()
             time.sleep(0.001)
             whole.end()
         except KeyboardInterrupt:
             cancelled += 1
-        pressed.join()
     assert cancelled == 50
