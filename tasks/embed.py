@@ -202,7 +202,7 @@ class _Embedding:
                 # Still in its turn: what a kill may cost is what calls in flight hold.
                 hashes = piece.rows.column("text_hash").combine_chunks()
                 space = self._provider.space
-                self._written.append(self._folder.write_answer(hashes, vectors, space, call))
+                name = self._folder.write_answer(hashes, vectors, space, call)
         except ProviderThrottled:
             return [Part(piece.rows, "wait", piece.texts), *rest]
         except BatchTooLarge as error:
@@ -217,6 +217,8 @@ class _Embedding:
             denied = ProviderDenied(str(error))  # nobody has ever been there
             self._sender.stop(denied)
             raise denied from None
+        self._written.append(name)
+        self._sender.arrived(name, call, hashes, vectors)
         self._sender.works()
         self._sender.learn(piece.texts, call.tokens_billed)
         return rest

@@ -7,7 +7,7 @@ a flight has landed, and are folded into the cache in groups.
 
 import itertools
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from tasks.cache import Cache
 from tasks.claims import take_up
 from tasks.embed import embed_with_retries
 from tasks.errors import RunStopped, StorageFailed
-from tasks.journal import fold, read_answer
+from tasks.journal import fold
 from tasks.keys import hash_column
 from tasks.notes import Call, Refused
 from tasks.pack import cut
@@ -112,6 +112,7 @@ class Flights:
         memory_bytes: int | None = None,
     ) -> None:
         self.sender = sender_of(terms, cache)
+        self.sender.arrived = self._arrived
         self.landed: dict[bytes, Vectors] = {}
         self.failed: Exception | None = None
         self._terms, self._cache, self._retries, self._made = terms, cache, retries, made
@@ -124,6 +125,7 @@ class Flights:
         self._lock = threading.Lock()
         self._flying: dict[bytes, Flight] = {}
         self._waiting: OrderedDict[int, deque[tuple[Flight, pa.Table]]] = OrderedDict()
+        self._brought: defaultdict[int, dict[bytes, Vectors]] = defaultdict(dict)
         self._unfolded: dict[str, None] = {}
         self._folding = threading.Lock()
 
@@ -242,7 +244,7 @@ class Flights:
 
     def _embedded(self, batch: Batch) -> Landed:
         embedded = embed_with_retries(batch, self._terms, self._retries)
-        vectors = self._taken(embedded.answers)
+        vectors = self._brought.pop(batch.number, {})
         if len(embedded.found):
             with self._folding:
                 take_up(self._cache, self._terms.folder.state_uri, embedded.found)
@@ -258,12 +260,12 @@ class Flights:
         """What a batch has brought, and found out, before an error."""
         if isinstance(error, StorageFailed):
             self._fail(error)
+        vectors = self._brought.pop(number, {})
         try:
-            vectors = self._taken(self._terms.folder.answers_of(number))
             refused = self._terms.folder.refused().get(self._terms.provider.space.id, {})
         except StorageFailed as lost:
             self._fail(lost)
-            return Landed({}, error=error)
+            return Landed(vectors, error=error)
         known = set(rows.column("text_hash").to_pylist())
         return Landed(
             vectors,
@@ -276,19 +278,13 @@ class Flights:
         self.failed = error
         self.sender.stop(RunStopped(str(error)))
 
-    def _taken(self, names: Iterable[str]) -> dict[bytes, Vectors]:
-        """The vectors of answers in the journal, kept until they are folded."""
-        vectors: dict[bytes, Vectors] = {}
-        for name in (names := list(names)):
-            answer = read_answer(self._terms.folder, name)
-            if answer is not None:
-                hashes = answer.table.column("text_hash").to_pylist()
-                rows = numbers(answer.table.column("vector").combine_chunks())
-                vectors |= dict(zip(hashes, rows, strict=True))
+    def _arrived(self, name: str, call: Call, hashes: pa.Array, vectors: Vectors) -> None:
+        """Keep the vectors of an answer, which is in the journal by now, until they are folded."""
+        rows = dict(zip(hashes.to_pylist(), vectors, strict=True))
         with self._lock:
-            self.landed |= vectors
-            self._unfolded |= dict.fromkeys(names)
-        return vectors
+            self.landed |= rows
+            self._unfolded[name] = None
+            self._brought[call.batch] |= rows
 
     def _fold_if_due(self) -> None:
         if not self._fold_is_due():

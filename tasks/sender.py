@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +21,7 @@ from tasks.limiter import TELL_AFTER_S, Limiter
 from tasks.limits import Estimator, Learned, Limits, Packer
 from tasks.notes import Call
 from tasks.progress import Progress, tell, tell_waiting
-from tasks.providers import Provider
+from tasks.providers import Provider, Vectors
 from tasks.shared_limits import shared_window
 from tasks.tokens import Calibration, Estimate, load, save
 
@@ -38,6 +38,7 @@ ANSWERS_S = 20.0
 GIVEN_UP_S = 2.0
 """So long a batch may take to notice that its call was given up."""
 
+Arrived = Callable[[str, Call, pa.Array, Vectors], None]
 OnError = Literal["quarantine", "fail_fast", "collect"]
 
 
@@ -73,6 +74,7 @@ class Sender:
         refusals: Texts refused since the last good answer.
         proven: Whether the provider is known to take texts now.
         calls: Calls that have ended, by batch.
+        arrived: Is told of each answer that is durable: its name, its call, hashes and vectors.
         turn: Held by who decides what to send next, until the limiter lets it go.
         claims: What it sends, held against what other runs send.
 
@@ -92,6 +94,7 @@ class Sender:
         self.refusals = 0
         self.proven = False
         self.calls: defaultdict[int, list[Call]] = defaultdict(list)
+        self.arrived: Arrived = lambda *_: None
         self.turn = threading.Lock()
         self._stopped = threading.Event()
         self._at_work = 0
