@@ -249,18 +249,20 @@ class EmbedderRun:
         size = self._provider.space.vector_type.list_size
         bits = self._provider.space.dtype == "ubinary"
         dtype = np.uint8 if bits else np.float32
-        vectors: Vectors = np.full((len(asked.unique), size), 0 if bits else np.nan, dtype)
+        vectors: Vectors = np.empty((len(asked.unique), size), dtype)
         rest = np.ones(len(vectors), dtype=bool)
         cached = np.ones(len(vectors), dtype=bool)
         keys = KeySet(asked.unique)
         for found, paid in ((journey.known, False), (journey.paid, True)):
             if found:
                 at = keys.positions(pa.array(list(found), HASH))
-                vectors[at] = np.stack(list(found.values()))
+                for place, vector in zip(at.tolist(), found.values(), strict=True):
+                    vectors[place] = vector
                 rest[at], cached[at] = False, not paid
         if journey.failed:
             at = keys.positions(pa.array(list(journey.failed), HASH))
             rest[at] = cached[at] = False
+            vectors[at] = 0 if bits else np.nan
         known = np.flatnonzero(rest)
         for start in range(0, len(known), GATHERED):
             at = known[start : start + GATHERED]

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.providers import UNIT_TOLERANCE, Space, Vectors
+from tasks.providers import UNIT_TOLERANCE, Space, Vectors, lengths
 
 Faults = npt.NDArray[np.uint8]
 """A `Fault` for each vector."""
@@ -55,14 +55,12 @@ def faults_of(column: pa.Array | pa.ChunkedArray, space: Space) -> Faults:
         faults[(vectors == np.iinfo(np.uint8).max).all(axis=1)] = Fault.CONSTANT
         faults[(vectors == 0).all(axis=1)] = Fault.ZERO
         return faults
-    finite = np.asarray(np.isfinite(vectors).all(axis=1), dtype=bool)
-    # Squares leave float32 early.
-    norms = np.linalg.norm(np.where(finite[:, None], vectors, 1).astype(np.float64), axis=1)
+    norms = lengths(vectors)
     faults[np.abs(norms - 1) > UNIT_TOLERANCE] = Fault.NORM
     if space.dimension > 1:
         faults[vectors.max(axis=1) == vectors.min(axis=1)] = Fault.CONSTANT
     faults[norms == 0] = Fault.ZERO
-    faults[~finite] = Fault.NOT_FINITE
+    faults[~np.isfinite(norms)] = Fault.NOT_FINITE
     return faults
 
 

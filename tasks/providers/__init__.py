@@ -168,18 +168,26 @@ def checked_vectors(answer: Answer, texts: int, provider: Provider) -> Vectors:
         )
     if not bits:
         vectors = _checked_numbers(vectors, order, provider)
+    if np.array_equal(order, np.arange(texts)):
+        return vectors
     ordered = np.empty_like(vectors)
     ordered[order] = vectors
     return ordered
+
+
+def lengths(vectors: Vectors) -> npt.NDArray[np.float64]:
+    """The Euclidean norm of each row; not finite where one of its numbers is not."""
+    # In float64, as squares leave float32 early; einsum makes no copy of all numbers for that.
+    squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
+    return np.asarray(np.sqrt(squares), dtype=np.float64)
 
 
 def _checked_numbers(
     vectors: Vectors, order: npt.NDArray[np.int64], provider: Provider
 ) -> npt.NDArray[np.float32]:
     """Float vectors of length 1 and finite."""
-    finite = np.asarray(np.isfinite(vectors).all(axis=1))
-    # Squares leave float32 early.
-    norms = np.linalg.norm(np.where(finite[:, None], vectors, 1).astype(np.float64), axis=1)
+    norms = lengths(vectors)
+    finite = np.isfinite(norms)
     off = np.abs(norms - 1) > UNIT_TOLERANCE if provider.unit_vectors else norms < 0
     for bad, what in (
         (~finite, "numbers that are not finite"),
