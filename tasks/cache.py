@@ -176,9 +176,12 @@ class Cache:
             return 0
         schema = vectors_schema(self.space.vector_type)
         new = pa.concat_tables([table.cast(schema) for table in tables])
-        new = new.take(pa.array(first_of_each(new.column("text_hash"))))
         self.refresh()
-        new = new.filter(pa.array(~self.holds(new.column("text_hash"))))
+        # What is all new, as it mostly is, is not copied.
+        if len(first := first_of_each(new.column("text_hash"))) < new.num_rows:
+            new = new.take(pa.array(first))
+        if (held := self.holds(new.column("text_hash"))).any():
+            new = new.filter(pa.array(~held))
         if not new.num_rows:
             return 0
         with writing(self._told):

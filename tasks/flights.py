@@ -304,6 +304,6 @@ class Flights:
     def _fold_is_due(self) -> bool:
         most = FOLD_BYTES
         if self._memory_bytes is not None:
-            most = min(most, self._memory_bytes // 4)
+            most = min(most, self._memory_bytes // 8)  # while they are folded they are there thrice
         with self._lock:
             return len(self.landed) * (self._vector_bytes + ENTRY_BYTES) >= most

@@ -175,12 +175,12 @@ def memory(_address: str) -> None:
     print("texts a call   lines   peak MiB above an empty file   MiB/s read")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = {count: folder / f"{count}.txt" for count in (10, 10_000, 100_000)}
+        files = {count: folder / f"{count}.txt" for count in (10, 10_000, 100_000, 200_000)}
         for count, file in files.items():
             file.write_text("\n".join(texts(count)) + "\n", encoding="utf-8")
         empty = _streamed(files[10], folder / "empty", 32, 1024)[0]
         for most in (1, 8, 32, 64, 256, 1000):
-            for count in (10_000, 100_000) if most >= 32 else (10_000,):
+            for count in (10_000, 100_000, 200_000) if most >= 256 else (10_000,):
                 peak, seconds = _streamed(files[count], folder / f"s{most}-{count}", most, 1024)
                 read = files[count].stat().st_size / 2**20 / seconds
                 print(f"{most:12}  {count:7,}  {(peak - empty) / 2**20:27.0f}  {read:11.1f}")
