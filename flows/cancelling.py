@@ -54,7 +54,7 @@ class Whole:
             try:
                 aside.wait()
             except CANCELS as cancel:
-                if not aside.has_begun():
+                if aside.prevent():
                     raise
                 self._cancel = cancel
         return aside.result()

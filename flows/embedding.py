@@ -27,7 +27,7 @@ from tasks.plan import Survey
 from tasks.progress import Progress, listening, tell
 from tasks.run import embedded_texts
 from tasks.schemas import Batch
-from tasks.sender import Sender, Terms, sender_of
+from tasks.sender import GIVEN_UP_S, Sender, Terms, sender_of
 
 FOLD_TEXTS = 20_000
 """Answers are folded into the cache in groups of about so many vectors."""
@@ -94,10 +94,13 @@ def embed_all(
             stack.enter_context(listening(progress))
         stack.enter_context(collected.ending_the_run())
         stack.callback(sender.save)
+        sending = Aside(lambda: _send(filling.batches(), terms, collected))
         try:
-            Aside(lambda: _send(filling.batches(), terms, collected)).result()
+            sending.result()
         except ENDS:
             sender.settle("The run was cancelled.")
+            if not sending.prevent():
+                sending.wait(GIVEN_UP_S)
             with suppress(EmbedOnceError):  # then the next run folds them
                 collected.fold()
             raise
@@ -116,10 +119,11 @@ def _send(batches: Iterator[Batch], terms: Terms, collected: "_Collected") -> No
     """
     sender, first = sender_of(terms), True
     size = WAVE * terms.provider.limits.concurrency
+    going = itertools.takewhile(lambda _: not sender.stopped, batches)
     with collected.ending_the_run():
-        while not sender.stopped and (
-            wave := list(itertools.islice(batches, 1 if first else sender.ahead(size)))
-        ):
+        while wave := list(itertools.islice(going, 1 if first else sender.ahead(size))):
+            if sender.stopped:
+                break
             collected.flying += embed.map(wave, unmapped(terms))
             # The first answer tells how large the next batches may be.
             collected.take(down_to=0 if first else sender.ahead(size))

@@ -21,7 +21,7 @@ class Aside(Generic[T]):
     def __init__(self, work: Callable[[], T]) -> None:
         context = copy_context()
         self._work: Callable[[], T] = lambda: context.run(work)
-        self._asked = False
+        self._asked = self._prevented = False
         self._gate = threading.Lock()
         self._running = threading.Lock()
         self._running.acquire()
@@ -33,18 +33,23 @@ class Aside(Generic[T]):
         """Whether it is done."""
         return not self._running.locked()
 
-    def has_begun(self) -> bool:
-        """Whether it has begun; what has not, never will once this was asked."""
-        return not self._gate.acquire(blocking=False)
+    def prevent(self) -> bool:
+        """Keep it from beginning; False where it has begun."""
+        if not self._prevented:
+            self._prevented = self._gate.acquire(blocking=False)
+        return self._prevented
 
-    def wait(self) -> None:
-        """Wait until it is done. A signal may end the wait, but not the work."""
+    def wait(self, within_s: float = -1) -> None:
+        """Wait until it is done, at most so many seconds if they are not negative.
+
+        A signal may end the wait, but not the work.
+        """
         if not self._asked:
             self._asked = True
             # Thread.start() would wait for the new thread by a condition, see above.
             _thread.start_new_thread(self._run, ())
-        with self._running:
-            pass
+        if self._running.acquire(timeout=within_s):
+            self._running.release()
 
     def result(self) -> T:
         """What the work returned.

@@ -104,7 +104,8 @@ class BatchEmbedder:
         Raises:
             ValueError: There are no texts.
         """
-        return self._opened().submit(_copied(texts))
+        run, copied = self._opened(), _copied(texts)
+        return out_of_reach(lambda: run.submit(copied))
 
     def stream(
         self, source: Source, progress: Callable[[StreamProgress], None] | None = None

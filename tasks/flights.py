@@ -7,7 +7,7 @@ a flight has landed, and are folded into the cache in groups.
 
 import itertools
 import threading
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -125,7 +125,7 @@ class Flights:
         self._lock = threading.Lock()
         self._flying: dict[bytes, Flight] = {}
         self._waiting: OrderedDict[int, deque[tuple[Flight, pa.Table]]] = OrderedDict()
-        self._brought: defaultdict[int, dict[bytes, Vectors]] = defaultdict(dict)
+        self._brought: dict[int, list[tuple[str, dict[bytes, Vectors]]]] = {}
         self._unfolded: dict[str, None] = {}
         self._folding = threading.Lock()
 
@@ -240,11 +240,12 @@ class Flights:
             Path(batch.table.path).unlink()
         except Exception as error:  # noqa: BLE001 - raised again by whoever asked for the texts
             landed = self._broken_off(number, rows, error)
+        self._brought.pop(number, None)
         return replace(landed, calls=self.sender.calls.pop(number, ()))
 
     def _embedded(self, batch: Batch) -> Landed:
         embedded = embed_with_retries(batch, self._terms, self._retries)
-        vectors = self._brought.pop(batch.number, {})
+        vectors = self._taken(batch.number)
         if len(embedded.found):
             with self._folding:
                 take_up(self._cache, self._terms.folder.state_uri, embedded.found)
@@ -260,7 +261,7 @@ class Flights:
         """What a batch has brought, and found out, before an error."""
         if isinstance(error, StorageFailed):
             self._fail(error)
-        vectors = self._brought.pop(number, {})
+        vectors = self._taken(number)
         try:
             refused = self._terms.folder.refused().get(self._terms.provider.space.id, {})
         except StorageFailed as lost:
@@ -279,12 +280,23 @@ class Flights:
         self.sender.stop(RunStopped(str(error)))
 
     def _arrived(self, name: str, call: Call, hashes: pa.Array, vectors: Vectors) -> None:
-        """Keep the vectors of an answer, which is in the journal by now, until they are folded."""
+        """Keep the vectors of an answer, which is in the journal by now."""
         rows = dict(zip(hashes.to_pylist(), vectors, strict=True))
+        self._brought.setdefault(call.batch, []).append((name, rows))
+
+    def _taken(self, number: int) -> dict[bytes, Vectors]:
+        """The vectors a batch has brought, kept until they are folded.
+
+        Not sooner: a retry of the batch looks for its own answers in the journal.
+        """
+        vectors: dict[bytes, Vectors] = {}
+        brought = self._brought.get(number, [])
+        for _, rows in brought:
+            vectors |= rows
         with self._lock:
-            self.landed |= rows
-            self._unfolded[name] = None
-            self._brought[call.batch] |= rows
+            self.landed |= vectors
+            self._unfolded |= dict.fromkeys(name for name, _ in brought)
+        return vectors
 
     def _fold_if_due(self) -> None:
         if not self._fold_is_due():

@@ -30,7 +30,7 @@ def futures_at_work(seconds: float) -> int:
     """So many futures that were waited for; all that time this thread takes and frees locks."""
     ended, count = time.monotonic() + seconds, 0
     with ThreadPoolExecutor(4) as pool:
-        while time.monotonic() < ended:
+        while not count or time.monotonic() < ended:
             count += len(wait([pool.submit(int) for _ in range(8)]).done)
     return count
 
@@ -62,6 +62,17 @@ def on_main() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+def test_a_wait_may_be_a_short_one() -> None:
+    gate = threading.Event()
+    aside = Aside(gate.wait)
+    for within_s in (0.05, 0.0):
+        aside.wait(within_s)
+        assert not aside.ended
+    gate.set()
+    aside.wait(20)
+    assert aside.ended
+
+
 def test_only_the_main_thread_goes_aside() -> None:
     assert not out_of_reach(on_main)
     here = list[bool]()
@@ -76,14 +87,15 @@ def test_only_the_main_thread_goes_aside() -> None:
 def test_what_has_not_begun_never_will() -> None:
     done = list[int]()
     aside = Aside(lambda: done.append(1))
-    assert not aside.has_begun()
+    assert aside.prevent()
+    assert aside.prevent()
     waiting = threading.Thread(target=aside.wait, daemon=True)
     waiting.start()
     waiting.join(0.1)
     assert not done
     aside = Aside(lambda: done.append(1))
     aside.wait()
-    assert aside.has_begun()
+    assert not aside.prevent()
 
 
 def test_ctrl_c_at_any_moment_leaves_no_lock_behind() -> None:
@@ -100,7 +112,7 @@ def test_ctrl_c_at_any_moment_leaves_no_lock_behind() -> None:
                 time.sleep(0.001)
             except KeyboardInterrupt:
                 interrupted += 1
-            if aside.has_begun():
+            if not aside.prevent():
                 finished = time.monotonic() + 20
                 while not aside.ended:
                     assert time.monotonic() < finished, "a thread waits for a lock for good"

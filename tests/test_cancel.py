@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from flows.cancelling import Whole
+from flows.embedding import _Collected, _send
 from flows.reindex import run
 from tasks.errors import RunStopped
 from tasks.history import history
@@ -27,7 +28,7 @@ from tasks.params import load_config
 from tasks.progress import listening
 from tasks.providers.lexical import Lexical
 from tasks.providers.voyage import Voyage
-from tasks.sender import Sender, Terms
+from tasks.sender import Sender, Terms, forget_sender, sender_of
 from tasks.simulator import Latency, Rule, Settings, Simulator
 
 KEY = "pa-any"
@@ -187,6 +188,22 @@ def test_a_stopped_sender_lets_no_retry_delay_run_out(tmp_path: Path, lexical: L
     started = time.monotonic()
     sender.pause_before(attempt=8)
     assert 0.1 < time.monotonic() - started < 5
+
+
+def test_what_is_read_while_a_cancel_comes_is_not_sent(tmp_path: Path, lexical: Lexical) -> None:
+    terms = Terms(lexical, RunFolder(str(tmp_path), "run"), 0.0)
+    sender, read = sender_of(terms), list[int]()
+
+    def batches() -> Iterator[Any]:
+        for number in range(100):
+            sender.stop(RunStopped("enough"))
+            read.append(number)
+            yield number
+
+    collected = _Collected(terms.folder, cast("Any", None), sender)
+    _send(batches(), terms, collected)
+    assert (read, collected.flying) == ([0], [])
+    forget_sender(terms.folder)
 
 
 def test_a_sender_rests_when_no_batch_is_at_work(tmp_path: Path, lexical: Lexical) -> None:

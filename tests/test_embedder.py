@@ -874,12 +874,15 @@ def test_ctrl_c_cannot_hit_a_lock_that_an_answer_waits_for(
     values: Values, simulator: Simulator
 ) -> None:
     simulator.change(latency={"base_s": 0.2})
-    main, seen = threading.main_thread().ident, set[str]()
+    main, seen, asking = threading.main_thread().ident, set[str](), list[bool]()
     assert main is not None
 
     def look(until: threading.Event) -> None:
-        while not until.wait(0.02):
-            seen.add(sys._current_frames()[main].f_code.co_qualname)  # noqa: SLF001
+        while not until.wait(0.005):
+            before = bool(asking)
+            where = sys._current_frames()[main].f_code.co_qualname  # noqa: SLF001
+            if before and asking:
+                seen.add(where)
 
     with BatchEmbedder(values(limits={"texts_per_request": 5})) as embedder:
         for ask in (embedder.embed_batch, lambda some: list(embedder.stream(some))):
@@ -887,7 +890,9 @@ def test_ctrl_c_cannot_hit_a_lock_that_an_answer_waits_for(
             looking = threading.Thread(target=look, args=(over,))
             seen.clear()
             looking.start()
+            asking.append(True)
             ask(texts(20, f"{ask}"))
+            asking.clear()
             over.set()
             looking.join()
             assert "Aside.wait" in seen
