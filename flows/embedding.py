@@ -100,7 +100,7 @@ def embed_all(
         except ENDS:
             sender.settle("The run was cancelled.")
             if not sending.prevent():
-                sending.wait(GIVEN_UP_S)
+                sending.wait_at_most(GIVEN_UP_S)
             with suppress(EmbedOnceError):  # then the next run folds them
                 collected.fold()
             raise

@@ -8,11 +8,15 @@ threads is done aside, and the main thread waits by a bare lock that nobody else
 
 import _thread
 import threading
+import time
 from collections.abc import Callable
 from contextvars import copy_context
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+LOOK_S = 0.01
+"""So often a bounded wait looks whether the work is done."""
 
 
 class Aside(Generic[T]):
@@ -39,17 +43,21 @@ class Aside(Generic[T]):
             self._prevented = self._gate.acquire(blocking=False)
         return self._prevented
 
-    def wait(self, within_s: float = -1) -> None:
-        """Wait until it is done, at most so many seconds if they are not negative.
-
-        A signal may end the wait, but not the work.
-        """
+    def wait(self) -> None:
+        """Wait until it is done. A signal may end the wait, but not the work."""
         if not self._asked:
             self._asked = True
             # Thread.start() would wait for the new thread by a condition, see above.
             _thread.start_new_thread(self._run, ())
-        if self._running.acquire(timeout=within_s):
-            self._running.release()
+        # Not by acquire() and release(): between them a signal would leave it locked for good.
+        with self._running:
+            pass
+
+    def wait_at_most(self, seconds: float) -> None:
+        """Wait for what has begun, but no longer than so many seconds."""
+        until = time.monotonic() + seconds
+        while not self.ended and time.monotonic() < until:
+            time.sleep(LOOK_S)
 
     def result(self) -> T:
         """What the work returned.
