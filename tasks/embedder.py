@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tasks.aside import out_of_reach
 from tasks.embed import RETRIES
 from tasks.embedder_report import EmbedderReport
 from tasks.embedder_run import NOT_OPEN, EmbedderRun
@@ -95,8 +94,7 @@ class BatchEmbedder:
             ProviderError: No call can work, or on_error is fail_fast and one did not.
             StorageFailed: The state takes no answers; nothing more is sent.
         """
-        run, copied = self._opened(), _copied(texts)
-        return out_of_reach(lambda: run.answer(copied))
+        return self._opened().answer(_copied(texts))
 
     def submit(self, texts: Iterable[str]) -> "Future[Embeddings]":
         """`embed_batch` on a bounded pool of threads; in async code, `asyncio.wrap_future` it.
@@ -104,8 +102,7 @@ class BatchEmbedder:
         Raises:
             ValueError: There are no texts.
         """
-        run, copied = self._opened(), _copied(texts)
-        return out_of_reach(lambda: run.submit(copied))
+        return self._opened().submit(_copied(texts))
 
     def stream(
         self, source: Source, progress: Callable[[StreamProgress], None] | None = None

@@ -11,6 +11,7 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 
+from tasks.aside import out_of_reach
 from tasks.asked import Asked
 from tasks.cache import Cache
 from tasks.catalog import facts_for
@@ -87,13 +88,17 @@ class EmbedderRun:
 
     def answer(self, texts: Sequence[object], start: int = 0) -> Embeddings:
         """`embed_batch`; the first of `texts` is number `start` of what is asked for."""
-        with self._tally.at_work():
-            return self._answered(Asked(texts), start)
+
+        def work() -> Embeddings:
+            with self._tally.at_work():
+                return self._answered(Asked(texts), start)
+
+        return out_of_reach(work)
 
     def submit(self, texts: Sequence[object], start: int = 0) -> "Future[Embeddings]":
         """The same on the pool of threads."""
         try:
-            return self._callers.submit(self.answer, texts, start)
+            return out_of_reach(lambda: self._callers.submit(self.answer, texts, start))
         except RuntimeError:  # the block has ended
             raise RuntimeError(NOT_OPEN) from None
 

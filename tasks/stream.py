@@ -75,7 +75,7 @@ class Stream:
         try:
             while True:
                 while len(flying) < WINDOWS and (window := next(windows, None)) is not None:
-                    flying.append(self._asked(window, read))
+                    flying.append(self._submit(window, read))
                     read += len(window)
                 if not flying:
                     return
@@ -87,7 +87,7 @@ class Stream:
                     calls + len(found.calls),
                 )
                 if not flying and (window := next(windows, None)) is not None:
-                    flying.append(self._asked(window, read))
+                    flying.append(self._submit(window, read))
                     read += len(window)
                 told = StreamProgress(
                     completed=completed,
@@ -108,9 +108,6 @@ class Stream:
         parts = iter(self)
         while (part := await asyncio.to_thread(next, parts, None)) is not None:
             yield part
-
-    def _asked(self, window: Window, start: int) -> "Future[Embeddings]":
-        return out_of_reach(lambda: self._submit(window, start))
 
     def _windows(self) -> Iterator[Window]:
         window: list[str | bytes] = []
