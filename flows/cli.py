@@ -56,9 +56,9 @@ def reindex(  # noqa: PLR0917 - an argument an option
 ) -> None:
     """Bring the index in step with the corpus: plan, embed, publish, report."""
     from tasks.params import Overrides, load_config  # noqa: PLC0415
-    from tasks.plan import require_runnable  # noqa: PLC0415
     from tasks.storage import local_folder  # noqa: PLC0415
     from tasks.summary import as_text, headline, report_rows  # noqa: PLC0415
+    from tasks.survey import require_runnable  # noqa: PLC0415
 
     _require_file(report)
     overrides = Overrides(

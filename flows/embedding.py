@@ -18,16 +18,16 @@ from tasks.artifacts import ProgressArtifact
 from tasks.aside import Aside
 from tasks.claims import Shared, take_up
 from tasks.embed import RETRIES, Embedded, embed_batch, retry_when_busy
-from tasks.errors import EmbedOnceError, RunStopped, StorageFailed
+from tasks.errors import BudgetReached, EmbedOnceError, RunStopped, StorageFailed
 from tasks.fill import Filled, Filling
 from tasks.journal import RunFolder, fold
 from tasks.limiter import LimiterStatistics
 from tasks.notes import Refused
-from tasks.plan import Survey
 from tasks.progress import Progress, listening, tell
 from tasks.run import embedded_texts
 from tasks.schemas import Batch
 from tasks.sender import GIVEN_UP_S, Sender, Terms, sender_of
+from tasks.survey import Survey
 
 FOLD_TEXTS = 20_000
 """Answers are folded into the cache in groups of about so many vectors."""
@@ -75,6 +75,7 @@ def embed_all(
         on_error=config.on_error,
         max_wait_s=config.limits.max_wait,
         shared=config.limits.shared,
+        max_usd=config.budget.max_usd,
     )
     if found.packed.texts:  # a model may take long to load, and a run with nothing new needs none
         found.provider.prepare()
@@ -202,13 +203,20 @@ class _Collected:
         if not self.failed:
             take_up(self._found.cache, self._folder.state_uri, self.shared.hashes)
             return
-        first, kept = self.failed[0], "what was paid for is kept"
+        kept = "what was paid for is kept"
         with suppress(StorageFailed):
             done = embedded_texts(self._folder.calls())
             kept = f"{done:,} texts of {self._found.packed.texts:,} are paid for and kept"
         if lost := sum(getattr(error, "facts", {}).get("lost", 0) for error in self.failed):
             kept += f"; {lost:,} more were paid for and are lost"
+        name = self._found.config.name
+        if all(isinstance(error, BudgetReached) for error in self.failed):
+            raise BudgetReached(
+                f"{name}: the budget of ${self._found.config.budget.max_usd:,.4f} is reached. The "
+                f"index is as it was; {kept}. Run again to go on, or raise budget.max_usd."
+            )
+        first = next(each for each in self.failed if not isinstance(each, BudgetReached))
         raise EmbedOnceError(
-            f"{self._found.config.name}: not all texts could be embedded: {first} The index is as "
+            f"{name}: not all texts could be embedded: {first} The index is as "
             f"it was; {kept}. Run again: only the rest is embedded."
         ) from first

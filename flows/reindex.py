@@ -22,14 +22,13 @@ from flows.cancelling import CANCELS, ENDS, Whole, by_hand, told
 from flows.embedding import embed_all
 from tasks.artifacts import publish_report
 from tasks.claims import Shared
-from tasks.errors import EmbedOnceError, SettingsError
+from tasks.errors import BudgetReached, EmbedOnceError, SettingsError
 from tasks.fill import Filled
 from tasks.index import adopt, held, vectors_of
 from tasks.journal import RunFolder, unfolded_answers
 from tasks.limiter import LimiterStatistics
 from tasks.notes import About
 from tasks.params import Config, Overrides, TableSource, configured
-from tasks.plan import Survey, require_few_leave, require_runnable, require_safe, survey
 from tasks.progress import Progress, listening, tell
 from tasks.publish import publish, tidy_published
 from tasks.read.frames import write_frame
@@ -46,6 +45,7 @@ from tasks.run import (
 )
 from tasks.sender import forget_sender
 from tasks.summary import headline
+from tasks.survey import Survey, require_few_leave, require_runnable, require_safe, survey
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,6 +79,8 @@ def reindex(config: str, overrides: Overrides = Overrides()) -> Any:
         if not by_hand():
             raise
         return Cancelled(message="What was paid for is kept.")
+    except BudgetReached as reached:  # no failure, which Prefect would retry
+        return Cancelled(name="BudgetReached", message=str(reached), data=reached)
     if report.state in LEFT_OUT_STATES:
         return Completed(name=report.state.title(), message=headline(report), data=report)
     return report

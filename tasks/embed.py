@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tasks.budget import Bill
 from tasks.claims import Standing
 from tasks.errors import (
     AnswerRejected,
@@ -113,11 +114,12 @@ def retry_when_busy(_task: Any, _task_run: Any, state: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A call that the limiter lets go: its estimated tokens, and the seconds it waited."""
+    """A call that may go: its estimated tokens, how long it waited, and who is told its bill."""
 
     sending: Sending
     tokens: int
     waited_s: float
+    bill: Bill
 
 
 class _Embedding:
@@ -226,6 +228,8 @@ class _Embedding:
     def _claimed(self, part: Part) -> tuple[Part, list[Part], int]:
         """What of `part` this run may send in one call, what comes after it, and its tokens."""
         fits, tokens = self._sender.fitting(part.texts)
+        if (affordable := self._sender.affordable(part.texts[:fits])) < fits:
+            fits, tokens = self._sender.fitting(part.texts[:affordable])
         rest = [part.take(range(fits, len(part)), "split")] if fits < len(part) else []
         piece = part.take(range(fits), part.cause) if rest else part
         if self._terms.anew:
@@ -253,8 +257,12 @@ class _Embedding:
     @contextmanager
     def _turn(self, texts: int, tokens: int, since: float) -> Iterator[_Turn]:
         """Wait until a call may be sent; `since` is when (seconds) it began to wait."""
-        with self._sender.limiter.sending(tokens, splittable=texts > 1) as sending:
-            yield _Turn(sending, tokens, time.perf_counter() - since)
+        limiter, budget = self._sender.limiter, self._sender.budget
+        with (
+            budget.held(tokens) as bill,
+            limiter.sending(tokens, splittable=texts > 1) as sending,
+        ):
+            yield _Turn(sending, tokens, time.perf_counter() - since, bill)
 
     def _call(self, texts: list[str], cause: str, turn: _Turn) -> tuple[Vectors, Call]:
         """One call to the provider, and its entry for the ledger, written down if it failed."""
@@ -289,6 +297,7 @@ class _Embedding:
                 usd=billed * self._terms.usd_per_million_tokens / 1e6,
                 request_id=request_id,
             )
+            turn.bill(billed)
             self._sender.calls[self._batch.number].append(call)
             if vectors is None:
                 self._folder.note(call)

@@ -28,8 +28,8 @@ class BatchEmbedder:
     """Embeds texts, each of them once. Serves many threads; open it in a `with` block.
 
     Args:
-        config: Path of a config file, or `embedding`, `limits`, `on_error` and `state` as they
-            stand in one. `on_error` tells what a text without a vector does: quarantine and
+        config: Path of a config file, or `embedding`, `limits`, `budget`, `on_error` and `state`
+            as they stand in one. `on_error` tells what a text without a vector does: quarantine and
             collect name it in the result's errors, and quarantine does not send it again;
             fail_fast raises at the first one, before any call where it is blank or no text.
         memory_mb: About what texts and vectors on their way may take, in MiB: calls get smaller
@@ -92,6 +92,7 @@ class BatchEmbedder:
             ValueError: There are no texts.
             CorpusError: on_error is fail_fast, and one of them is blank or no text.
             ProviderError: No call can work, or on_error is fail_fast and one did not.
+            BudgetReached: The rest would cost more than budget.max_usd.
             StorageFailed: The state takes no answers; nothing more is sent.
         """
         return self._opened().answer(_copied(texts))

@@ -81,6 +81,7 @@ class EmbedderRun:
                 on_error="collect" if self._fail_fast else config.on_error,
                 max_wait_s=config.limits.max_wait,
                 shared=config.limits.shared,
+                max_usd=config.budget.max_usd,
             )
             self._flights = Flights(terms, self._cache, retries, self._tally.count, memory_bytes)
             self._callers = ThreadPoolExecutor(self._about.concurrency, thread_name_prefix="asked")

@@ -7,6 +7,7 @@ EmbedOnceError
 ├── IndexConflict        the table is not ours, or of another space; name another one
 ├── StorageFailed        a folder or store does not take or give files: send nothing more
 ├── LockLost             another run has taken the lock over: commit nothing more
+├── BudgetReached        the run may spend no more; run again for the rest
 └── ProviderError        what a provider's call can end with
     ├── ProviderBusy     wait, then the same call may work; spends a retry
     │   ├── AnswerRejected   the answer failed a check; ask again, never store it
@@ -73,6 +74,12 @@ class StorageFailed(EmbedOnceError):
 
 class LockLost(EmbedOnceError):
     """This process did not renew its lock in time, and another one has taken it over."""
+
+
+class BudgetReached(EmbedOnceError):
+    """The next call would cost more than the run may; what was paid for is kept."""
+
+    exit_code = 4
 
 
 class ProviderError(EmbedOnceError):

@@ -163,6 +163,18 @@ class LimitSettings(Settings):
     )
 
 
+class BudgetSettings(Settings):
+    """What a run may cost, at list price."""
+
+    max_usd: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Stop before the call that would make a run cost more US dollars; what was "
+        "paid for is kept, and the next run goes on. null: no limit.",
+    )
+
+
 class Index(Settings):
     """The LanceDB table that follows the corpus."""
 
@@ -202,6 +214,7 @@ class Engine(Settings):
 
     embedding: Embedding
     limits: LimitSettings = LimitSettings()
+    budget: BudgetSettings = BudgetSettings()
     on_error: Literal["quarantine", "fail_fast", "collect"] = Field(
         default="quarantine",
         description="What becomes of a text that the provider refuses: quarantine keeps it from "
@@ -269,12 +282,21 @@ class Overrides(BaseModel):
         "out and only report them. fail_fast: end the run.",
         json_schema_extra={"position": 3},
     )
+    max_usd: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        title="Maximum price",
+        description="Most US dollars that this run may cost at list price; it stops before the "
+        "call that would pass it, and the next run goes on. 0: as the file says.",
+        json_schema_extra={"position": 4},
+    )
     settings: list[str] = Field(
         default=[],
         title="Further settings",
         description="Config values as key=value, one an item, "
         "say index.max_deleted_fraction=1 or limits.concurrency=2.",
-        json_schema_extra={"position": 4},
+        json_schema_extra={"position": 5},
     )
 
 
@@ -318,6 +340,8 @@ def configured(path: str | Path, overrides: Overrides) -> Config:
     settings = list(overrides.settings)
     if overrides.on_error != "as the file says":
         settings.append(f"on_error={overrides.on_error}")
+    if overrides.max_usd:
+        settings.append(f"budget.max_usd={overrides.max_usd:.12f}")  # YAML reads 1e-05 as text
     return load_config(path, settings)
 
 
@@ -361,6 +385,7 @@ def _did_you_mean(where: Sequence[str], model: type[BaseModel]) -> str:
         "source.split": [Split],
         "embedding": [Embedding],
         "limits": [LimitSettings],
+        "budget": [BudgetSettings],
         "index": [Index],
         "state": [State],
     }

@@ -22,7 +22,7 @@ from tasks.ledger import Ledger
 from tasks.limiter import LimiterStatistics
 from tasks.notes import About, Call, Refused
 from tasks.params import Config, Overrides
-from tasks.plan import Survey, chunks_of, cost_of, index_name, texts_of
+from tasks.plan import chunks_of, cost_of, index_name, texts_of
 from tasks.publish import Published
 from tasks.quarantine import Quarantine
 from tasks.recover import Recovered
@@ -43,6 +43,7 @@ from tasks.report import (
     place,
 )
 from tasks.schemas import CHANGES, DELETIONS
+from tasks.survey import Survey
 
 LEFT_OUT_SHOWN = 20
 """Chunks left out that a report names."""

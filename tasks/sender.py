@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from tasks.budget import Budget
 from tasks.cache import Cache
 from tasks.claims import POLL_S, Claims, Standing
-from tasks.errors import EmbedOnceError, RunStopped
+from tasks.errors import BudgetReached, EmbedOnceError, RunStopped
 from tasks.journal import RunFolder
 from tasks.limiter import TELL_AFTER_S, Limiter
 from tasks.limits import Estimator, Learned, Limits, Packer
@@ -53,6 +54,7 @@ class Terms:
         on_error: What becomes of a text that is refused.
         max_wait_s: Seconds without any answer that count as an outage.
         shared: Whether the account's limits are shared with other runs.
+        max_usd: Most that the run may cost; None: no limit.
         anew: Whether texts are sent although their vectors are known, to verify those.
     """
 
@@ -62,6 +64,7 @@ class Terms:
     on_error: OnError = "quarantine"
     max_wait_s: float = 600.0
     shared: bool = False
+    max_usd: float | None = None
     anew: bool = False
 
 
@@ -70,6 +73,7 @@ class Sender:
 
     Attributes:
         limiter: Lets a call go when account and concurrency allow it.
+        budget: What may still be spent.
         answers: Good answers of this run so far.
         refusals: Texts refused since the last good answer.
         proven: Whether the provider is known to take texts now.
@@ -103,6 +107,7 @@ class Sender:
         if cache is None:
             cache = Cache(folder.state_uri, provider.space)
         self.claims = Claims(folder, cache)
+        self.budget = Budget(terms.max_usd, terms.usd_per_million_tokens)
         self.limiter = Limiter(
             provider.limits,
             max_wait_s=terms.max_wait_s,
@@ -129,6 +134,21 @@ class Sender:
         while fits < len(texts) and packer.place(int(counts[fits])) == 1:
             fits += 1
         return fits, int(counts[:fits].sum())
+
+    def affordable(self, texts: Sequence[str]) -> int:
+        """How many of `texts`, from the first, the budget is enough for.
+
+        Raises:
+            BudgetReached: Not for a single one.
+        """
+        if self.budget.tokens_left is None:
+            return len(texts)
+        if not (affordable := self.budget.affords(self.counts(texts))):
+            raise BudgetReached(
+                f"The budget of ${self.budget.max_usd:,.4f} is reached; nothing more is sent. "
+                "Run again to go on, or raise budget.max_usd."
+            )
+        return affordable
 
     def ahead(self, most: int) -> int:
         """How many batches may wait to be sent: no more than a minute takes, and `most`.

@@ -142,12 +142,17 @@ def as_markdown(title: str, sentence: str, rows: Sequence[Row]) -> str:
     return "\n".join([f"## {title}", "", sentence, "", "| | |", "|---|---|", *lines])
 
 
+KEPT = "the index is as it was, what was paid for is kept."
+
+
 def headline(report: RunReport) -> str:
     """The run in one sentence."""
     if report.state == "failed":
         return f"{report.name}: failed; the index is as it was."
+    if report.state == "over budget":
+        return f"{report.name}: stopped at its budget; {KEPT}"
     if report.state == "cancelled":
-        return f"{report.name}: cancelled; the index is as it was, what was paid for is kept."
+        return f"{report.name}: cancelled; {KEPT}"
     if report.published == "rollback":
         return (
             f"{report.name}: generation {report.generation} published, the same as generation "

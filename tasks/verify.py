@@ -43,7 +43,7 @@ from tasks.journal import RunFolder, fold, unfolded_hashes, unreadable
 from tasks.judge import FREE_SAMPLE, Asking, judge
 from tasks.keys import KeySet, digest_column, document_key, first_of_each, identified
 from tasks.params import Config, Index, Overrides
-from tasks.plan import Survey, index_name, survey
+from tasks.plan import index_name
 from tasks.providers import Space
 from tasks.providers.opening import open_embedder, open_provider
 from tasks.quarantine import Quarantine
@@ -60,6 +60,7 @@ from tasks.schemas import (
     OWN_COLUMNS,
     metadata_fields,
 )
+from tasks.survey import Survey, survey
 
 
 @dataclass

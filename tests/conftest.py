@@ -23,7 +23,6 @@ from tasks.keys import KeySet, hash_column, text_hash
 from tasks.limits import Limits
 from tasks.notes import Call
 from tasks.params import Config, Index, Overrides
-from tasks.plan import Survey, require_safe, survey
 from tasks.prepare import PLAIN, Preparation
 from tasks.providers.lexical import Lexical
 from tasks.publish import Published, publish, tidy_published
@@ -31,6 +30,7 @@ from tasks.read import ReadNotes, Wanted
 from tasks.recover import Recovered, recover
 from tasks.schemas import BATCH, CHUNKS, TableRef, vectors_schema
 from tasks.sender import Terms, forget_sender, sender_of
+from tasks.survey import Survey, require_safe, survey
 
 ANY = Limits(
     requests_per_minute=None,

@@ -158,7 +158,7 @@ def test_the_form_of_an_ad_hoc_run_says_what_each_field_means(api: Api) -> None:
         "Further settings",
     ]
     assert all(field["description"] for field in overrides.values())
-    assert [field["position"] for field in overrides.values()] == [0, 1, 2, 3, 4]
+    assert [field["position"] for field in overrides.values()] == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_nightly_run_is_scheduled_and_never_overlaps_itself(api: Api) -> None:

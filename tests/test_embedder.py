@@ -24,6 +24,7 @@ from tasks.embedder import BatchEmbedder
 from tasks.embeddings import Embeddings, StreamProgress
 from tasks.errors import (
     BatchRefused,
+    BudgetReached,
     CorpusError,
     EmbedOnceError,
     ProviderBusy,
@@ -899,6 +900,21 @@ def test_ctrl_c_cannot_hit_a_lock_that_an_answer_waits_for(
             assert not [name for name in seen if name.startswith(("Condition", "Future", "Event"))]
 
 
+def test_an_embedder_stops_at_its_budget_and_the_next_one_goes_on(
+    values: Values, simulator: Simulator
+) -> None:
+    some = texts(40)
+    made = values(limits={"texts_per_request": 5}) | {"budget": {"max_usd": 6e-6}}
+    with BatchEmbedder(made) as embedder, pytest.raises(BudgetReached, match=r"budget.max_usd"):
+        embedder.embed_batch(some)
+    assert 0 < simulator.ledger.totals()["usd"] <= 6.2e-6
+    with BatchEmbedder(values(limits={"texts_per_request": 5})) as embedder:
+        found = embedder.embed_batch(some)
+    assert not found.errors
+    assert found.cached.any()
+    assert simulator.ledger.totals()["texts_billed_again"] == 0
+
+
 def test_wrong_ends_and_beginnings_are_told(tmp_path: Path) -> None:
     for wrong in ({"memory_mb": 0}, {"retries": -1}):
         with pytest.raises(ValueError, match="memory_mb must be at least 1"):
@@ -911,7 +927,7 @@ def test_wrong_ends_and_beginnings_are_told(tmp_path: Path) -> None:
         next(stream)
     with pytest.raises(RuntimeError, match="not open"):
         list(stream)
-    with pytest.raises(SettingsError, match=r"index: unknown key. Known here: embedding, limits"):
+    with pytest.raises(SettingsError, match=r"index: unknown key. Known here: budget, embedding"):
         BatchEmbedder(local(tmp_path, index={"uri": "x", "table": "y"}))
 
 

@@ -45,10 +45,11 @@ from tasks.ledger import Ledger
 from tasks.limits import Learned, Limits
 from tasks.notes import Call
 from tasks.params import Config, Overrides, load_config
-from tasks.plan import make_plan, survey
+from tasks.plan import make_plan
 from tasks.prepare import PLAIN, Preparation
 from tasks.providers import Answer, Space
 from tasks.providers.lexical import Lexical
+from tasks.survey import survey
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 

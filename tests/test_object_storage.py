@@ -27,13 +27,14 @@ from tasks.journal import RunFolder
 from tasks.keys import hash_column, text_hash
 from tasks.notes import Call
 from tasks.params import Config, Index, Overrides
-from tasks.plan import make_plan, require_runnable
+from tasks.plan import make_plan
 from tasks.providers import Space
 from tasks.providers.lexical import Lexical
 from tasks.publish import publish
 from tasks.recover import Recovered, recover
 from tasks.schemas import DELETIONS, TableRef, rows_schema
 from tasks.storage import Holder, Taken, local_folder, objects, storage_at
+from tasks.survey import require_runnable
 
 pytestmark = pytest.mark.slow
 

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 
 from flows.reindex import reindex, run
-from tasks.errors import EmbedOnceError, SettingsError
+from tasks.errors import BudgetReached, EmbedOnceError, SettingsError
 from tasks.index import open_index
 from tasks.ledger import Ledger
 from tasks.params import Overrides, load_config
-from tasks.plan import make_plan
+from tasks.plan import make_plan, plan_rows
 from tasks.quarantine import quarantined
 from tasks.search import search
 from tasks.simulator import Rule, Settings, Simulator
@@ -103,6 +103,44 @@ def test_a_run_bills_each_text_once_and_the_ledger_says_so_to_the_token(home: Ho
     assert report.cost.usd == pytest.approx(totals["usd"])
     again = home.reindex()
     assert (again.published, again.texts.embedded, home.calls) == ("none", 0, 5)
+
+
+def test_a_run_stops_at_its_budget_and_the_next_one_pays_for_the_rest(home: Home) -> None:
+    home.write(words(200))
+    planned = make_plan(load_config(home.config), Overrides())
+    most = planned.cost.usd * 0.4
+    assert ("budget", f"${most:,.4f}: a run would stop at it") in plan_rows(
+        planned.model_copy(update={"max_usd": most})
+    )
+    billed = list[float]()
+    for _ in range(2):
+        with pytest.raises(
+            BudgetReached, match=r"budget of \$0\.0\d+ is reached.* paid for and kept"
+        ):
+            home.reindex(max_usd=most)
+        billed.append(home.simulator.ledger.totals()["usd"] - sum(billed))
+        assert home.index() == {}
+    assert all(0.9 * most < usd <= 1.03 * most for usd in billed)
+    report = home.reindex(f"budget.max_usd={most}")
+    assert (report.state, home.index()) == ("completed", by_id(words(200)))
+    assert home.simulator.ledger.totals()["texts_billed_again"] == 0
+    runs = Ledger(str(home.folder / "state")).runs()
+    assert runs["state"].tolist() == ["over budget", "over budget", "completed"]
+    assert runs["tokens.billed"].sum() == home.ledger_tokens == home.billed
+
+
+def test_a_run_that_stops_at_its_budget_has_a_state_that_says_so(home: Home) -> None:
+    home.write(words(60))
+    state: Any = reindex(str(home.config), Overrides(max_usd=2e-5), return_state=True)
+    assert (state.name, state.type.value) == ("BudgetReached", "CANCELLED")
+    assert "Run again to go on, or raise budget.max_usd." in str(state.message)
+
+
+def test_a_budget_below_a_single_text_spends_nothing_and_says_so(home: Home) -> None:
+    home.write(words(3))
+    with pytest.raises(BudgetReached, match="0 texts of 3 are paid for"):
+        home.reindex(max_usd=1e-9)
+    assert home.calls == 0
 
 
 def test_a_flow_run_that_is_retried_is_two_runs_in_the_ledger(home: Home) -> None:

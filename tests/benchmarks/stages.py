@@ -34,13 +34,13 @@ from tasks.journal import RunFolder, fold, unfolded_hashes
 from tasks.lookup import lookup
 from tasks.pack import pack
 from tasks.params import Config, Overrides
-from tasks.plan import open_reader
 from tasks.providers.opening import open_embedder
 from tasks.publish import publish
 from tasks.run import peak_bytes
 from tasks.schemas import HASH, Batch, TableRef
 from tasks.sender import Terms, sender_of
 from tasks.storage import storage_at
+from tasks.survey import open_reader
 from tasks.verify import verify
 
 SEED = 7

@@ -1,0 +1,238 @@
+"""Survey: all that is known before anything is sent, and the guards that look at it.
+
+The first half of every run, the order of the stages up to pack. It writes to the staging
+folder only.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from tasks.cache import Cache
+from tasks.catalog import ModelFacts, facts_for
+from tasks.compare import Compared, Held, compare, tally
+from tasks.errors import SettingsError, StorageFailed
+from tasks.fill import Filled
+from tasks.fingerprint import Keyed, fingerprint
+from tasks.index import Identity, identity_of, open_index, require_space, scan
+from tasks.journal import unfolded_hashes
+from tasks.keys import hash_column
+from tasks.lookup import LookedUp, lookup
+from tasks.notes import Refused
+from tasks.pack import Packed, pack
+from tasks.params import Config, FilesSource, Overrides
+from tasks.prepare import Preparation
+from tasks.providers import Provider
+from tasks.providers.opening import open_embedder, open_provider
+from tasks.quarantine import Quarantine
+from tasks.read import Reader
+from tasks.read.files import FilesReader
+from tasks.read.tables import TableReader
+from tasks.schemas import CHANGES, DELETIONS, HASH, TableRef, metadata_fields
+from tasks.storage import is_local, storage_at
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All that is known before anything is sent."""
+
+    config: Config
+    facts: ModelFacts
+    provider: Provider
+    reader: Reader
+    identity: Identity
+    cache: Cache
+    quarantine: Quarantine
+    keyed: Keyed
+    indexed: TableRef
+    compared: Compared
+    looked_up: LookedUp
+    packed: Packed
+    indexed_splitter: str
+    compare_s: float
+    lookup_s: float
+
+    def refused(self, newly: Sequence[Refused]) -> pa.Array:
+        """text_hash of every text that is left out: quarantined before, or refused now."""
+        hashes = hash_column([text.text_hash for text in newly])
+        return pa.concat_arrays([self.looked_up.quarantined, hashes])
+
+
+def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
+    """Read, fingerprint, compare, look up and pack; nothing is sent or published.
+
+    Args:
+        config: Which corpus, which index.
+        overrides: What this run does otherwise.
+        folder: Staging folder for the tables between the stages.
+
+    Raises:
+        SettingsError: The config does not fit the corpus, the model or the index.
+        CorpusError: The corpus holds what no index can hold.
+    """
+    facts = facts_for(config.embedding)
+    provider = open_provider(config)
+    reader = open_reader(config, overrides)
+    identity = Identity(provider.space, reader.splitter)
+    table = open_index(config.index)
+    if table is not None:
+        require_space(table, config.index, identity.space)
+
+    keyed = fingerprint(reader, provider.estimate, folder / "keyed.arrow")
+    compare_started = time.perf_counter()
+    indexed = scan(table, folder / "indexed.arrow")
+    notes = keyed.notes
+    held = Held(tuple(notes.unread), overrides.narrow or None, tuple(notes.unread_ids))
+    same_columns = table is None or _by_name(metadata_fields(table.schema)) == _by_name(
+        reader.metadata
+    )
+    compared = compare(
+        keyed.table, indexed, config.source.kind, held, folder, same_columns=same_columns
+    )
+    lookup_started = time.perf_counter()
+    # First the journals, then the cache: an answer that is folded in between is seen twice.
+    unfolded = unfolded_hashes(config.state.uri, identity.space)
+    cache = Cache(config.state.uri, identity.space)
+    quarantine = Quarantine(config.state.uri, identity.space.id)
+    skip = quarantine.hashes if not overrides.retry_quarantined else pa.array([], HASH)
+    looked_up = lookup(
+        compared.changes,
+        indexed,
+        cache,
+        folder / "misses.arrow",
+        unfolded=unfolded,
+        quarantined=skip,
+    )
+    limits = provider.limits.with_margin(provider.estimate.margin)
+    packed = pack(looked_up.misses, limits, folder / "packed.arrow")
+    return Survey(
+        config=config,
+        facts=facts,
+        provider=provider,
+        reader=reader,
+        identity=identity,
+        cache=cache,
+        quarantine=quarantine,
+        keyed=keyed,
+        indexed=indexed,
+        compared=compared,
+        looked_up=looked_up,
+        packed=packed,
+        indexed_splitter=identity_of(table).splitter if table is not None else reader.splitter,
+        compare_s=lookup_started - compare_started,
+        lookup_s=time.perf_counter() - lookup_started,
+    )
+
+
+def _by_name(fields: list[pa.Field]) -> dict[str, pa.DataType]:
+    return {field.name: field.type for field in fields}
+
+
+def open_reader(config: Config, overrides: Overrides) -> Reader:
+    """The corpus, by the config.
+
+    Raises:
+        SettingsError: There is no source, or it cannot be narrowed as asked, or has not what is
+            to stand in front of texts.
+    """
+    source, preparation = config.source, Preparation(config.embedding.prepend)
+    if not Path(source.path).exists():
+        raise SettingsError(f"source.path: there is nothing at {source.path}.")
+    own = [Path(uri) for uri in (config.index.uri, config.state.uri) if is_local(uri)]
+    if isinstance(source, FilesSource):
+        return FilesReader(source, own, overrides.narrow or None, preparation)
+    if overrides.narrow:
+        raise SettingsError("A narrower source path needs a source of files, not of tables.")
+    # Other tables of the database may be a corpus, the index itself may not.
+    table = f"{config.index.uri}/{config.index.table}.lance"
+    own = [Path(uri) for uri in (table, config.state.uri) if is_local(uri)]
+    return TableReader(source, own, preparation)
+
+
+def require_runnable(config: Config, overrides: Overrides) -> None:
+    """Refuse at once what can be seen to be wrong before the index is touched.
+
+    Raises:
+        SettingsError: Provider, source, index or state cannot be what the config says.
+    """
+    provider = open_embedder(config)
+    open_reader(config, overrides)
+    for key, uri in (("index.uri", config.index.uri), ("state.uri", config.state.uri)):
+        _require_place(key, uri)
+    table = open_index(config.index)
+    if table is not None:
+        require_space(table, config.index, provider.space)
+
+
+def _require_place(key: str, uri: str) -> None:
+    if not is_local(uri):
+        try:
+            storage_at(uri).names("runs")
+        except StorageFailed as error:
+            raise SettingsError(f"{key}: {error}") from None
+        return
+    existing = next(path for path in (Path(uri), *Path(uri).parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise SettingsError(f"{key}: {uri} cannot be written; name another folder.")
+
+
+def require_safe(survey: Survey, overrides: Overrides) -> None:
+    """Refuse what a person must decide first; nothing was touched.
+
+    Raises:
+        SettingsError: The corpus is empty, has shrunk too far, or is cut by another splitter.
+    """
+    config, compared = survey.config, survey.compared
+    if not survey.keyed.table.rows and open_index(config.index) is None:
+        seen = ", ".join(f"{count} {why}" for why, count in survey.keyed.notes.skipped.items())
+        raise SettingsError(
+            f"source.path: there is nothing to index in {config.source.path}"
+            f"{f' (skipped: {seen})' if seen else ''}. Check the path, and which documents or "
+            "columns the source takes."
+        )
+    counts = tally(compared.changes.load(CHANGES), compared.deletions.load(DELETIONS))
+    most = config.index.max_deleted_fraction
+    if counts["deleted"] > most * compared.indexed:
+        renamed = ""
+        if config.source.kind == "files" and "document" in config.embedding.prepend:
+            renamed = " A renamed document counts as deleted here, since its path is embedded."
+        raise SettingsError(
+            f"This run would delete {counts['deleted']:,} of {compared.indexed:,} chunks from the "
+            f"index {config.index.table!r}, more than index.max_deleted_fraction ({most:g}) "
+            f"allows. Nothing was touched. See that {config.source.path} is complete; if the "
+            "corpus really shrank, run with --set index.max_deleted_fraction=1."
+            f"{renamed}",
+            deleted=counts["deleted"],
+        )
+    theirs, ours = survey.indexed_splitter or "none", survey.identity.splitter or "none"
+    if theirs != ours and not overrides.accept_splitter:
+        raise SettingsError(
+            f"The index {config.index.table!r} was cut by splitter {theirs}, this config cuts by "
+            f"{ours}. Going on would embed "
+            f"{survey.packed.texts:,} texts ({survey.packed.tokens:,} tokens, "
+            f"${survey.facts.usd(survey.packed.tokens):.2f}). Run with --accept-splitter to do "
+            "so, or go back to the former source or splitter."
+        )
+
+
+def require_few_leave(survey: Survey, filled: Filled) -> None:
+    """Refuse to publish where too many rows would go because their new text is refused.
+
+    Raises:
+        SettingsError: More would go than `index.max_deleted_fraction` allows.
+    """
+    config, rows = survey.config, survey.compared.indexed
+    leaving = filled.deletions.load(DELETIONS).column("change").to_pylist()
+    gone = leaving.count("deleted") + leaving.count("refused")
+    if leaving.count("refused") and gone > config.index.max_deleted_fraction * rows:
+        raise SettingsError(
+            f"{gone:,} of {rows:,} chunks would leave the index {config.index.table!r}, most of "
+            "them because the provider refuses their new text. Nothing was published. See the "
+            "table `quarantine` for what it says; if it was in error, run with "
+            "--retry-quarantined, else with --set index.max_deleted_fraction=1.",
+            deleted=gone,
+        )

@@ -1,0 +1,45 @@
+"""The budget of a run: what calls may still cost, whatever they are billed."""
+
+from contextlib import ExitStack
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.budget import Budget
+
+calls = st.lists(st.tuples(st.integers(1, 1000), st.none() | st.integers(0, 1000)), max_size=30)
+
+
+@given(calls=calls, max_tokens=st.integers(1, 5000), price=st.floats(0.001, 10))
+def test_what_is_left_is_what_no_call_has_taken(
+    calls: list[tuple[int, int | None]], max_tokens: int, price: float
+) -> None:
+    budget, spent = Budget((max_tokens + 0.5) * price / 1e6, price), 0
+    for estimated, billed in calls:
+        with ExitStack() as stack:
+            bill = stack.enter_context(budget.held(estimated))
+            assert budget.tokens_left == max(0, max_tokens - spent - estimated)
+            if billed is not None:  # else it was never made
+                bill(billed)
+                spent += billed
+        assert budget.tokens_left == max(0, max_tokens - spent)
+
+
+@given(
+    counts=st.lists(st.integers(1, 100), max_size=20).map(lambda each: np.array(each, np.int32)),
+    max_tokens=st.integers(0, 1000),
+)
+def test_it_affords_as_many_texts_as_there_are_tokens_for(
+    counts: np.ndarray, max_tokens: int
+) -> None:
+    affords = Budget((max_tokens + 0.5) / 1e6, 1.0).affords(counts)
+    assert counts[:affords].sum() <= max_tokens
+    assert affords == len(counts) or counts[: affords + 1].sum() > max_tokens
+
+
+def test_without_a_limit_or_a_price_all_is_afforded() -> None:
+    many = np.full(10, 2**30, np.int32)
+    for budget in (Budget(None, 0.06), Budget(0.01, 0.0)):
+        with budget.held(2**30):
+            assert (budget.tokens_left, budget.affords(many)) == (None, 10)
