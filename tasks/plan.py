@@ -7,13 +7,14 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from tasks.catalog import limits_for
 from tasks.compare import tally
 from tasks.errors import SettingsError
 from tasks.keys import KeySet
 from tasks.params import Config, Overrides
 from tasks.report import Chunks, Cost, Part, Saved, Texts
 from tasks.schemas import CHANGES, DELETIONS, PACKED
-from tasks.summary import Row, chunk_rows, cost_text, prepend_rows, skipped_rows
+from tasks.summary import Row, chunk_rows, cost_text, prepend_rows, skipped_rows, span_text
 from tasks.survey import Survey, require_safe, survey
 
 
@@ -30,6 +31,8 @@ class Plan(Part):
         usd_batch_lane: The same in the provider's Batch lane; null where it has none.
         seconds_at_limits: Least time the account's limits allow.
         bound_by: Which limit that is; "" where there is none.
+        next_tier: The account's next usage tier; 0 where there is none, or it is no faster.
+        seconds_at_next_tier: The least time there.
         cut: Texts to embed that are as long as the model reads, or longer: the rest is cut off.
         max_usd: Most that a run may cost; null: no limit.
         would_refuse: Why a reindex would refuse to start; "" if it would not.
@@ -49,6 +52,8 @@ class Plan(Part):
     free_tokens: int
     seconds_at_limits: float
     bound_by: str
+    next_tier: int
+    seconds_at_next_tier: float
     cut: int
     documents: int
     skipped: dict[str, int] = Field(default={})
@@ -70,6 +75,7 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
     compared = survey.compared
     changes, deletions = compared.changes.load(CHANGES), compared.deletions.load(DELETIONS)
     refused = KeySet(survey.looked_up.quarantined).holds(changes.column("text_hash"))
+    tier, sooner = _next_tier(survey)
     return Plan(
         name=config.name,
         source=config.source.path,
@@ -88,6 +94,8 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
         free_tokens=facts.free_tokens,
         seconds_at_limits=limits.seconds_needed(packed.batches, packed.tokens),
         bound_by=limits.binding(packed.batches, packed.tokens),
+        next_tier=tier,
+        seconds_at_next_tier=sooner,
         cut=_cut(survey),
         max_usd=config.budget.max_usd,
         documents=survey.keyed.notes.documents,
@@ -96,6 +104,18 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
         would_refuse=refusal,
         prepend=config.embedding.prepend,
     )
+
+
+def _next_tier(survey: Survey) -> tuple[int, float]:
+    """The account's next usage tier and the least seconds there; 0 where it is no faster."""
+    settings, packed = survey.config.limits, survey.packed
+    tier = 1 if settings.tier == "free" else settings.tier + 1
+    if survey.facts.tiers is None or tier not in survey.facts.tiers:
+        return 0, 0.0
+    limits = limits_for(settings.model_copy(update={"tier": tier}), survey.facts)
+    seconds = limits.seconds_needed(packed.batches, packed.tokens)
+    slower = survey.provider.limits.seconds_needed(packed.batches, packed.tokens)
+    return (tier, seconds) if seconds < slower else (0, 0.0)
 
 
 def _cut(survey: Survey) -> int:
@@ -136,7 +156,10 @@ def plan_rows(plan: Plan) -> list[Row]:
     if plan.free_tokens:
         rows.append(("free tokens", f"{plan.free_tokens:,} an account; what is left is unknown"))
     if plan.bound_by:
-        rows.append(("time at limits", f"{plan.seconds_at_limits:.1f} s, by {plan.bound_by}"))
+        least = f"{span_text(plan.seconds_at_limits)}, bound by {plan.bound_by}"
+        if plan.next_tier:
+            least += f"; tier {plan.next_tier} would take {span_text(plan.seconds_at_next_tier)}"
+        rows.append(("time at limits", least))
     return rows + skipped_rows(plan.skipped, plan.examples)
 
 

@@ -190,6 +190,18 @@ def cost_text(cost: Cost) -> str:
     return f"${cost.usd:.4f}{without}" + (f" (saved: {', '.join(parts)})" if parts else "")
 
 
+def span_text(seconds: float) -> str:
+    """A span of time as people say it: 40 ms, 3.2 s, 43 min, 2 h 5 min."""
+    if seconds < 0.1:  # noqa: PLR2004
+        return f"{seconds * 1000:.0f} ms" if seconds >= 1e-3 else "under 1 ms"  # noqa: PLR2004
+    if seconds < 90:  # noqa: PLR2004
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:  # noqa: PLR2004
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
 def time_text(seconds: Seconds) -> str:
     """Wall time with its largest parts."""
     stages = seconds.model_dump(exclude={"total"})
