@@ -212,7 +212,7 @@ class _Collected:
         name = self._found.config.name
         if all(isinstance(error, BudgetReached) for error in self.failed):
             raise BudgetReached(
-                f"{name}: the budget of ${self._found.config.budget.max_usd:,.4f} is reached. The "
+                f"{name}: the budget of {self._sender.budget.told} is reached. The "
                 f"index is as it was; {kept}. Run again to go on, or raise budget.max_usd."
             )
         first = next(each for each in self.failed if not isinstance(each, BudgetReached))

@@ -1,5 +1,6 @@
 """The budget of a run: it stops before the call that would cost more."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,15 @@ import numpy.typing as npt
 
 Bill = Callable[[int], None]
 """Is told how many tokens a call was billed."""
+
+LOOK_S = 0.5
+"""So often a call that waits for the bill of another one looks whether the run goes on."""
+
+
+def usd_text(usd: float) -> str:
+    """A price with four decimals, or as many as show what it is: $1.2500, $0.000020."""
+    decimals = 4 if usd <= 0 else max(4, 1 - math.floor(math.log10(usd)))
+    return f"${usd:,.{decimals}f}"
 
 
 class Budget:
@@ -28,7 +38,13 @@ class Budget:
         self.max_usd = max_usd
         self._usd_per_million_tokens = usd_per_million_tokens
         self._taken = 0
-        self._lock = threading.Lock()
+        self._in_flight = 0
+        self._changed = threading.Condition()
+
+    @property
+    def told(self) -> str:
+        """The most it may cost, for people."""
+        return "no limit" if self.max_usd is None else usd_text(self.max_usd)
 
     @property
     def tokens_left(self) -> int | None:
@@ -36,32 +52,46 @@ class Budget:
         if self.max_usd is None or not self._usd_per_million_tokens:
             return None
         most = int(self.max_usd / self._usd_per_million_tokens * 1e6)
-        with self._lock:
+        with self._changed:
             return max(0, most - self._taken)
 
-    def affords(self, counts: npt.NDArray[np.int32]) -> int:
+    def affords(self, tokens: npt.NDArray[np.float64]) -> int:
         """How many texts of so many tokens each, from the first, it is enough for."""
         left = self.tokens_left
         if left is None:
-            return len(counts)
-        return int(np.searchsorted(np.cumsum(counts, dtype=np.int64), left, side="right"))
+            return len(tokens)
+        return int(np.searchsorted(np.cumsum(tokens), left, side="right"))
 
     @contextmanager
     def held(self, tokens: int) -> Iterator[Bill]:
         """Count a call of about so many tokens as spent; it yields who is told its bill."""
-        self._take(tokens)
+        self._take(tokens, calls=1)
         bills = list[int]()
 
         def bill(billed: int) -> None:
-            self._take(billed - tokens)
             bills.append(billed)
+            self._take(billed - tokens, calls=-1)
 
         try:
             yield bill
         finally:
             if not bills:  # it was never made
-                self._take(-tokens)
+                self._take(-tokens, calls=-1)
 
-    def _take(self, tokens: int) -> None:
-        with self._lock:
+    def wait_for_a_bill(self) -> bool:
+        """Wait a while for calls in flight, which may cost less than is held for them.
+
+        Returns:
+            False where there are none.
+        """
+        with self._changed:
+            if not self._in_flight:
+                return False
+            self._changed.wait(LOOK_S)
+            return True
+
+    def _take(self, tokens: int, calls: int) -> None:
+        with self._changed:
             self._taken += tokens
+            self._in_flight += calls
+            self._changed.notify_all()

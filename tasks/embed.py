@@ -199,6 +199,9 @@ class _Embedding:
                     piece, rest, tokens = self._claimed(part)
                     if not len(piece):
                         return rest
+                    if (affordable := self._sender.affordable(piece.texts)) < len(piece):
+                        piece, unaffordable = piece.cut(affordable)
+                        rest, tokens = unaffordable + rest, self._sender.fitting(piece.texts)[1]
                     turn = stack.enter_context(self._turn(len(piece), tokens, since))
                 vectors, call = self._call(piece.texts, piece.cause, turn)
                 # Still in its turn: what a kill may cost is what calls in flight hold.
@@ -228,10 +231,7 @@ class _Embedding:
     def _claimed(self, part: Part) -> tuple[Part, list[Part], int]:
         """What of `part` this run may send in one call, what comes after it, and its tokens."""
         fits, tokens = self._sender.fitting(part.texts)
-        if (affordable := self._sender.affordable(part.texts[:fits])) < fits:
-            fits, tokens = self._sender.fitting(part.texts[:affordable])
-        rest = [part.take(range(fits, len(part)), "split")] if fits < len(part) else []
-        piece = part.take(range(fits), part.cause) if rest else part
+        piece, rest = part.cut(fits)
         if self._terms.anew:
             return piece, rest, tokens
         hashes = piece.rows.column("text_hash").combine_chunks()
@@ -297,7 +297,8 @@ class _Embedding:
                 usd=billed * self._terms.usd_per_million_tokens / 1e6,
                 request_id=request_id,
             )
-            turn.bill(billed)
+            # An answer may say 0 although the account is charged: then our own count stands.
+            turn.bill(billed or (turn.tokens if status == "ok" else 0))
             self._sender.calls[self._batch.number].append(call)
             if vectors is None:
                 self._folder.note(call)

@@ -18,7 +18,7 @@ from tasks.embed import RETRIES
 from tasks.embedder_report import EmbedderReport
 from tasks.embedder_run import NOT_OPEN, EmbedderRun
 from tasks.embeddings import Embeddings, StreamProgress
-from tasks.errors import EmbedOnceError
+from tasks.errors import BudgetReached, EmbedOnceError
 from tasks.params import Engine, engine_of
 from tasks.providers import Vectors
 from tasks.stream import Source, Stream
@@ -71,7 +71,8 @@ class BatchEmbedder:
             if error is not None:
                 run.cancel()
         finally:
-            run.close("failed" if isinstance(error, Exception) else "completed")
+            state = "failed" if isinstance(error, Exception) else "completed"
+            run.close("over budget" if isinstance(error, BudgetReached) else state)
 
     def embed(self, text: str) -> Vectors:
         """The vector of one text, shape (dimension,): a batch of one.

@@ -190,7 +190,6 @@ def _paid(texts: pa.Table, asking: Asking, folder: RunFolder) -> pa.Table:
         on_error="collect",
         max_wait_s=asking.config.limits.max_wait,
         shared=asking.config.limits.shared,
-        max_usd=asking.config.budget.max_usd,
         anew=True,
     )
     try:

@@ -34,6 +34,12 @@ class Part:
         """The rows at these positions."""
         return Part.of(self.rows.take(pa.array(positions, pa.int64())), cause)
 
+    def cut(self, count: int) -> tuple["Part", list["Part"]]:
+        """The first `count` rows, and the rest if there is any."""
+        if count >= len(self):
+            return self, []
+        return self.take(range(count), self.cause), [self.take(range(count, len(self)), "split")]
+
     def halves(self, cause: str) -> list["Part"]:
         """The first and the second half; the first is the larger one."""
         middle = (len(self) + 1) // 2

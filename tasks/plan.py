@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from tasks.budget import usd_text
 from tasks.catalog import limits_for
 from tasks.compare import tally
 from tasks.errors import SettingsError
@@ -150,7 +151,7 @@ def plan_rows(plan: Plan) -> list[Row]:
     ]
     if plan.max_usd is not None:
         stops = "a run would stop at it" if plan.cost.usd > plan.max_usd else "enough"
-        rows.append(("budget", f"${plan.max_usd:,.4f}: {stops}"))
+        rows.append(("budget", f"{usd_text(plan.max_usd)}: {stops}"))
     if plan.usd_batch_lane is not None:
         rows.append(("in the Batch lane", f"${plan.usd_batch_lane:.4f}"))
     if plan.free_tokens:

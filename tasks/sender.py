@@ -136,18 +136,23 @@ class Sender:
         return fits, int(counts[:fits].sum())
 
     def affordable(self, texts: Sequence[str]) -> int:
-        """How many of `texts`, from the first, the budget is enough for.
+        """How many of `texts`, from the first, the budget is enough for, with a margin.
 
         Raises:
-            BudgetReached: Not for a single one.
+            BudgetReached: Not for a single one, whatever calls in flight turn out to cost.
+            RunStopped: The run has been ended meanwhile.
         """
         if self.budget.tokens_left is None:
             return len(texts)
-        if not (affordable := self.budget.affords(self.counts(texts))):
-            raise BudgetReached(
-                f"The budget of ${self.budget.max_usd:,.4f} is reached; nothing more is sent. "
-                "Run again to go on, or raise budget.max_usd."
-            )
+        tokens = np.asarray(self.counts(texts) * (1 + self._estimate().margin), np.float64)
+        while not (affordable := self.budget.affords(tokens)):
+            if self.limiter.stopped:
+                raise self.limiter.stopped
+            if not self.budget.wait_for_a_bill():
+                raise BudgetReached(
+                    f"The budget of {self.budget.told} is reached; nothing more is "
+                    "sent. Run again to go on, or raise budget.max_usd."
+                )
         return affordable
 
     def ahead(self, most: int) -> int:

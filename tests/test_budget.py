@@ -1,12 +1,14 @@
 """The budget of a run: what calls may still cost, whatever they are billed."""
 
+import threading
 from contextlib import ExitStack
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.budget import Budget
+from tasks.budget import Budget, usd_text
 
 calls = st.lists(st.tuples(st.integers(1, 1000), st.none() | st.integers(0, 1000)), max_size=30)
 
@@ -27,7 +29,7 @@ def test_what_is_left_is_what_no_call_has_taken(
 
 
 @given(
-    counts=st.lists(st.integers(1, 100), max_size=20).map(lambda each: np.array(each, np.int32)),
+    counts=st.lists(st.integers(1, 100), max_size=20).map(lambda each: np.array(each, np.float64)),
     max_tokens=st.integers(0, 1000),
 )
 def test_it_affords_as_many_texts_as_there_are_tokens_for(
@@ -39,7 +41,28 @@ def test_it_affords_as_many_texts_as_there_are_tokens_for(
 
 
 def test_without_a_limit_or_a_price_all_is_afforded() -> None:
-    many = np.full(10, 2**30, np.int32)
+    many = np.full(10, 2.0**30)
     for budget in (Budget(None, 0.06), Budget(0.01, 0.0)):
         with budget.held(2**30):
             assert (budget.tokens_left, budget.affords(many)) == (None, 10)
+
+
+def test_who_cannot_afford_a_call_waits_for_the_bills_of_others() -> None:
+    budget, waited = Budget(1e-4, 1.0), list[bool]()
+    assert not budget.wait_for_a_bill()
+    with budget.held(100) as bill:
+        assert budget.affords(np.array([60.0])) == 0
+        thread = threading.Thread(target=lambda: waited.append(budget.wait_for_a_bill()))
+        thread.start()
+        bill(40)
+        thread.join()
+        assert budget.affords(np.array([60.0])) == 1
+    assert not budget.wait_for_a_bill()
+
+
+@pytest.mark.parametrize(
+    ("usd", "said"),
+    [(0.0, "$0.0000"), (2e-5, "$0.000020"), (0.0123, "$0.0123"), (1234.5, "$1,234.5000")],
+)
+def test_a_price_is_never_rounded_to_nothing(usd: float, said: str) -> None:
+    assert usd_text(usd) == said

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.budget import usd_text
 from tasks.params import Overrides, load_config
 from tasks.plan import Plan, make_plan, plan_rows
 from tasks.summary import span_text
@@ -63,7 +64,7 @@ def test_it_says_whether_the_budget_is_enough(config: Path) -> None:
     usd = planned(config).cost.usd
     for most, said in ((usd * 1.01, "enough"), (usd * 0.99, "a run would stop at it")):
         rows = dict(plan_rows(planned(config, f"budget.max_usd={most:.9f}")))
-        assert rows["budget"] == f"${most:,.4f}: {said}"
+        assert rows["budget"] == f"{usd_text(most)}: {said}"
 
 
 @pytest.mark.parametrize(

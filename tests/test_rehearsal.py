@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from flows.reindex import reindex, run
+from tasks.budget import usd_text
 from tasks.errors import BudgetReached, EmbedOnceError, SettingsError
 from tasks.index import open_index
 from tasks.ledger import Ledger
@@ -109,7 +110,7 @@ def test_a_run_stops_at_its_budget_and_the_next_one_pays_for_the_rest(home: Home
     home.write(words(200))
     planned = make_plan(load_config(home.config), Overrides())
     most = planned.cost.usd * 0.4
-    assert ("budget", f"${most:,.4f}: a run would stop at it") in plan_rows(
+    assert ("budget", f"{usd_text(most)}: a run would stop at it") in plan_rows(
         planned.model_copy(update={"max_usd": most})
     )
     billed = list[float]()
