@@ -297,8 +297,7 @@ class _Embedding:
                 usd=billed * self._terms.usd_per_million_tokens / 1e6,
                 request_id=request_id,
             )
-            # An answer may say 0 although the account is charged: then our own count stands.
-            turn.bill(billed or (turn.tokens if status == "ok" else 0))
+            turn.bill(billed or (turn.tokens if status == "ok" else 0))  # 0 may be charged too
             self._sender.calls[self._batch.number].append(call)
             if vectors is None:
                 self._folder.note(call)
