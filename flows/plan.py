@@ -3,7 +3,7 @@
 from prefect import flow
 
 from tasks.artifacts import publish_plan
-from tasks.params import Overrides, load_config
+from tasks.params import Overrides, configured
 from tasks.plan import Plan, make_plan
 
 
@@ -18,7 +18,6 @@ def plan(config: str, overrides: Overrides = Overrides()) -> Plan:
     Returns:
         The plan; also an artifact of the run.
     """
-    settings = load_config(config, overrides.settings)
-    planned = make_plan(settings, overrides)
+    planned = make_plan(configured(config, overrides), overrides)
     publish_plan(planned)
     return planned

@@ -155,6 +155,7 @@ def test_the_form_of_an_ad_hoc_run_says_what_each_field_means(api: Api) -> None:
         "Accept another splitter",
         "Retry what is quarantined",
         "Texts that are refused",
+        "Maximum price",
         "Further settings",
     ]
     assert all(field["description"] for field in overrides.values())
