@@ -12,7 +12,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment, flow_run
 
 from tasks.aside import Aside
-from tasks.errors import BudgetReached, EmbedOnceError
+from tasks.errors import BudgetReached, EmbedOnceError, NotApproved
 
 T = TypeVar("T")
 
@@ -28,6 +28,8 @@ def told(end: BaseException) -> tuple[str, str]:
     """State and error of a run that ended so."""
     if isinstance(end, BudgetReached):
         return "over budget", str(end)
+    if isinstance(end, NotApproved):
+        return "not approved", str(end)
     if isinstance(end, EmbedOnceError):
         return "failed", str(end)
     if isinstance(end, SystemExit):

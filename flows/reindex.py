@@ -20,9 +20,10 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.cancelling import CANCELS, ENDS, Whole, by_hand, told
 from flows.embedding import embed_all
+from flows.pausing import ApprovalNeeded, approved, require_approved
 from tasks.artifacts import publish_report
 from tasks.claims import Shared
-from tasks.errors import BudgetReached, EmbedOnceError, SettingsError
+from tasks.errors import BudgetReached, EmbedOnceError, NotApproved, SettingsError
 from tasks.fill import Filled
 from tasks.index import adopt, held, vectors_of
 from tasks.journal import RunFolder, unfolded_answers
@@ -79,8 +80,8 @@ def reindex(config: str, overrides: Overrides = Overrides()) -> Any:
         if not by_hand():
             raise
         return Cancelled(message="What was paid for is kept.")
-    except BudgetReached as reached:  # no failure, which Prefect would retry
-        return Cancelled(name="BudgetReached", message=str(reached), data=reached)
+    except (BudgetReached, NotApproved) as end:  # no failure, which Prefect would retry
+        return Cancelled(name=type(end).__name__, message=str(end), data=end)
     if report.state in LEFT_OUT_STATES:
         return Completed(name=report.state.title(), message=headline(report), data=report)
     return report
@@ -125,27 +126,50 @@ def _run(config: str, overrides: Overrides) -> RunReport:
     settings = configured(config, overrides)
     require_runnable(settings, overrides)
     folder = RunFolder(settings.state.uri, _run_id())
+    with _waits_logged():
+        try:
+            return _attempt(settings, overrides, folder)
+        except ApprovalNeeded as needed:
+            plan = needed.plan
+        # From here on others may hold the index, so all is looked at anew when it is approved.
+        clock = Clock(datetime.now(tz=UTC))
+        with _told_if_ended(about_run(settings, folder.run_id, clock), folder, clock):
+            settings = approved(plan, settings, folder.run_id)
+        return _attempt(settings, overrides, folder)
+
+
+def _attempt(settings: Config, overrides: Overrides, folder: RunFolder) -> RunReport:
+    """All of a run, while it holds the index.
+
+    Raises:
+        ApprovalNeeded: It would cost more than it may unasked; nothing was done.
+    """
     clock = Clock(datetime.now(tz=UTC))
     about = about_run(settings, folder.run_id, clock)
     whole = Whole()
     with ExitStack() as stack:
-        stack.enter_context(_waits_logged())
         stack.enter_context(held(settings.index, folder.run_id))
         stack.enter_context(folder.alive(about))  # from here on nobody prunes the cache
         recovered = recover(settings.state.uri, record_death, besides=folder.run_id)
         adopt(settings.index)
-        try:
-            ready = _embedded(settings, overrides, folder, clock)
-            report = whole.run(lambda: _published(ready, folder, recovered, about, clock))
-        except (EmbedOnceError, *ENDS) as end:
-            with suppress(EmbedOnceError):  # then the next run tells of it
-                _close(ended_report(about, folder.calls(), *told(end), clock.total()), folder)
-            raise
-        finally:
-            forget_sender(folder)
+        stack.callback(forget_sender, folder)
+        stack.enter_context(_told_if_ended(about, folder, clock))
+        ready = _embedded(settings, overrides, folder, clock)
+        report = whole.run(lambda: _published(ready, folder, recovered, about, clock))
     if not by_hand():  # else the cancel came too late: all is done and told
         whole.end()
     return report
+
+
+@contextmanager
+def _told_if_ended(about: About, folder: RunFolder, clock: Clock) -> Iterator[None]:
+    """Enter the run in the ledger if the block ends early."""
+    try:
+        yield
+    except (EmbedOnceError, *ENDS) as end:
+        with suppress(EmbedOnceError):  # then the next run tells of it
+            _close(ended_report(about, folder.calls(), *told(end), clock.total()), folder)
+        raise
 
 
 def _run_id() -> str:
@@ -170,6 +194,7 @@ def _embedded(settings: Config, overrides: Overrides, folder: RunFolder, clock: 
     tell(Progress("reading"))
     found = survey(settings, overrides, folder.staging)
     require_safe(found, overrides)
+    require_approved(found, overrides)
     with clock.stage("embed"):
         _take_up_known(found)
         filled, refused, shared, sent = embed_all(found, folder)

@@ -8,6 +8,7 @@ EmbedOnceError
 ├── StorageFailed        a folder or store does not take or give files: send nothing more
 ├── LockLost             another run has taken the lock over: commit nothing more
 ├── BudgetReached        the run may spend no more; run again for the rest
+├── NotApproved          nobody has approved what the run would cost; nothing was spent
 └── ProviderError        what a provider's call can end with
     ├── ProviderBusy     wait, then the same call may work; spends a retry
     │   ├── AnswerRejected   the answer failed a check; ask again, never store it
@@ -78,6 +79,15 @@ class LockLost(EmbedOnceError):
 
 class BudgetReached(EmbedOnceError):
     """The next call would cost more than the run may; what was paid for is kept."""
+
+    exit_code = 4
+
+
+class NotApproved(EmbedOnceError):
+    """The run would cost more than it may unasked, and nobody has approved it.
+
+    Facts: `plan`, what it would have done.
+    """
 
     exit_code = 4
 

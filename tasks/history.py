@@ -73,7 +73,7 @@ def as_lines(frame: "pd.DataFrame") -> str:
     head += f"{'tokens':>9} {'usd':>9}  run"
     lines = [head]
     for row in frame.to_dict("records"):
-        told = row["state"] not in {"failed", "died", "cancelled", "over budget"}
+        told = row["state"] not in {"failed", "died", "cancelled", "over budget", "not approved"}
         counts = [
             f"{_count(row.get(f'chunks.{name}')) if told else '-':>{width}}"
             for name, width in (

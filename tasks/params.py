@@ -173,6 +173,19 @@ class BudgetSettings(Settings):
         description="Stop before the call that would make a run cost more US dollars; what was "
         "paid for is kept, and the next run goes on. null: no limit.",
     )
+    approve_above_usd: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Have a person approve the plan of a run that would cost more US dollars. "
+        "null: none is asked.",
+    )
+    approval_timeout: float = Field(
+        default=86_400.0,
+        gt=0,
+        le=31_536_000,
+        description="Seconds after which a run that nobody has approved ends.",
+    )
 
 
 class Index(Settings):
@@ -291,12 +304,21 @@ class Overrides(BaseModel):
         "call that would pass it, and the next run goes on. 0: as the file says.",
         json_schema_extra={"position": 4},
     )
+    approve_above_usd: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        title="Approval threshold",
+        description="Pause with the plan until a person approves it, if this run would cost more "
+        "US dollars. 0: as the file says.",
+        json_schema_extra={"position": 5},
+    )
     settings: list[str] = Field(
         default=[],
         title="Further settings",
         description="Config values as key=value, one an item, "
         "say index.max_deleted_fraction=1 or limits.concurrency=2.",
-        json_schema_extra={"position": 5},
+        json_schema_extra={"position": 6},
     )
 
 
@@ -342,6 +364,8 @@ def configured(path: str | Path, overrides: Overrides) -> Config:
         settings.append(f"on_error={overrides.on_error}")
     if overrides.max_usd:
         settings.append(f"budget.max_usd={overrides.max_usd:.12f}")  # YAML reads 1e-05 as text
+    if overrides.approve_above_usd:
+        settings.append(f"budget.approve_above_usd={overrides.approve_above_usd:.12f}")
     return load_config(path, settings)
 
 

@@ -36,6 +36,7 @@ class Plan(Part):
         seconds_at_next_tier: The least time there.
         cut: Texts to embed that are as long as the model reads, or longer: the rest is cut off.
         max_usd: Most that a run may cost; null: no limit.
+        approve_above_usd: Most that a run may cost unasked; null: no limit.
         would_refuse: Why a reindex would refuse to start; "" if it would not.
         prepend: Columns that stand in front of each text.
     """
@@ -60,8 +61,17 @@ class Plan(Part):
     skipped: dict[str, int] = Field(default={})
     examples: dict[str, list[str]] = Field(default={})
     max_usd: float | None = None
+    approve_above_usd: float | None = None
     would_refuse: str = ""
     prepend: tuple[str, ...] = ()
+
+    @property
+    def needs_approval(self) -> bool:
+        """Whether a run may cost more than it may unasked."""
+        if self.approve_above_usd is None or not self.cost.usd:
+            return False
+        most = self.cost.usd if self.max_usd is None else min(self.cost.usd, self.max_usd)
+        return most > self.approve_above_usd
 
 
 def plan_of(survey: Survey, overrides: Overrides) -> Plan:
@@ -99,6 +109,7 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
         seconds_at_next_tier=sooner,
         cut=_cut(survey),
         max_usd=config.budget.max_usd,
+        approve_above_usd=config.budget.approve_above_usd,
         documents=survey.keyed.notes.documents,
         skipped=dict(survey.keyed.notes.skipped),
         examples=survey.keyed.notes.examples,
@@ -152,6 +163,9 @@ def plan_rows(plan: Plan) -> list[Row]:
     if plan.max_usd is not None:
         stops = "a run would stop at it" if plan.cost.usd > plan.max_usd else "enough"
         rows.append(("budget", f"{usd_text(plan.max_usd)}: {stops}"))
+    if plan.approve_above_usd is not None:
+        needed = "needed" if plan.needs_approval else "not needed"
+        rows.append(("approval", f"{needed}, up to {usd_text(plan.approve_above_usd)} is free"))
     if plan.usd_batch_lane is not None:
         rows.append(("in the Batch lane", f"${plan.usd_batch_lane:.4f}"))
     if plan.free_tokens:

@@ -167,8 +167,8 @@ class RunReport(Part):
         restored: The older generation that a rollback published again; null for other runs.
         state: "completed", "unchanged", "quarantined" (the provider refuses some texts),
             "incomplete" (something could not be read), "failed", "over budget" (it
-            stopped at its budget), "cancelled" or "died" (killed; told by the run that takes up
-            after it).
+            stopped at its budget), "not approved" (nobody approved its price), "cancelled" or
+            "died" (killed; told by the run that takes up after it).
         started_at: ISO 8601, UTC.
         waited_seconds: Time in which the next call waited for its turn, by what it waited for.
         skipped: Documents and rows left out, counted by reason.

@@ -142,17 +142,19 @@ def as_markdown(title: str, sentence: str, rows: Sequence[Row]) -> str:
     return "\n".join([f"## {title}", "", sentence, "", "| | |", "|---|---|", *lines])
 
 
-KEPT = "the index is as it was, what was paid for is kept."
+ENDED = {
+    "failed": "failed; the index is as it was.",
+    "over budget": ("stopped at its budget; the index is as it was, what was paid for is kept."),
+    "not approved": "not approved; the index is as it was, nothing was spent.",
+    "cancelled": "cancelled; the index is as it was, what was paid for is kept.",
+}
+"""What is said of runs that ended early, by their state."""
 
 
 def headline(report: RunReport) -> str:
     """The run in one sentence."""
-    if report.state == "failed":
-        return f"{report.name}: failed; the index is as it was."
-    if report.state == "over budget":
-        return f"{report.name}: stopped at its budget; {KEPT}"
-    if report.state == "cancelled":
-        return f"{report.name}: cancelled; {KEPT}"
+    if report.state in ENDED:
+        return f"{report.name}: {ENDED[report.state]}"
     if report.published == "rollback":
         return (
             f"{report.name}: generation {report.generation} published, the same as generation "

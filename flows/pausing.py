@@ -1,0 +1,138 @@
+"""Pausing: a run whose price nobody has approved waits for a person, with a form in the UI."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Literal
+from uuid import UUID
+
+from prefect.exceptions import FlowPauseTimeout, NotPausedError
+from prefect.flow_runs import pause_flow_run, resume_flow_run
+from prefect.input import RunInput
+from prefect.runtime import deployment, flow_run
+from pydantic import Field
+
+from tasks.approval import ceiling, not_approved, question
+from tasks.artifacts import publish_plan
+from tasks.budget import usd_text
+from tasks.params import Config, Overrides
+from tasks.plan import Plan, plan_of
+from tasks.summary import span_text
+from tasks.survey import Survey
+
+LOOK_S = 2
+"""A paused run looks so often whether it may go on."""
+GRACE_S = 600
+"""A pause that has timed out on the server can only fail, so ours ends before it."""
+
+
+class Approval(RunInput):
+    """What a person says to a plan."""
+
+    decision: Literal["approve", "reject"] = Field(
+        title="Decision",
+        description="approve: the plan is made anew and the run goes on. reject: it ends, and "
+        "nothing is spent.",
+        json_schema_extra={"position": 0},
+    )
+    max_usd: float = Field(
+        gt=0,
+        allow_inf_nan=False,
+        title="Maximum price",
+        description="Most US dollars that this run may cost at list price; it stops before the "
+        "call that would pass it.",
+        json_schema_extra={"position": 1},
+    )
+
+
+class ApprovalNeeded(Exception):
+    """The run may not go on unasked.
+
+    Attributes:
+        plan: What it would do and cost.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(question(plan))
+        self.plan = plan
+
+
+def require_approved(found: Survey, overrides: Overrides) -> None:
+    """Let a run go on only if it may cost what it will.
+
+    Raises:
+        ApprovalNeeded: A person has to say so first.
+    """
+    if found.config.budget.approve_above_usd is None:
+        return
+    plan = plan_of(found, overrides)
+    if plan.needs_approval:
+        raise ApprovalNeeded(plan)
+
+
+def approved(plan: Plan, settings: Config, run_id: str) -> Config:
+    """The settings of a run that a person has approved, after a pause for that.
+
+    Args:
+        plan: What it would do and cost.
+        settings: What it was started with.
+        run_id: The run; a retry asks anew.
+
+    Raises:
+        NotApproved: They rejected it or did not answer in time, or there is nobody to ask.
+    """
+    if deployment.id is None:
+        raise not_approved(plan, "Run with --yes to approve it, or raise that.")
+    publish_plan(plan)
+    answer = _answer(plan, settings.budget.approval_timeout, run_id)
+    if answer.decision == "reject":
+        raise not_approved(plan, "It was rejected.")
+    budget = settings.budget.model_copy(
+        update={"max_usd": answer.max_usd, "approve_above_usd": None}
+    )
+    return settings.model_copy(update={"budget": budget})
+
+
+def _answer(plan: Plan, timeout_s: float, run_id: str) -> Approval:
+    most = ceiling(plan)
+    described = f"""{question(plan)}
+
+- **{plan.texts.embedded:,} texts** to embed, about {plan.tokens:,} tokens, {plan.calls:,} calls
+- **{plan.chunks.added:,} chunks** added, {plan.chunks.changed:,} changed, \
+{plan.chunks.moved:,} moved, {plan.chunks.deleted:,} deleted
+
+The whole plan is among the artifacts of this run. Approve up to {usd_text(most)}, or name \
+another maximum. Unanswered, the run ends after {span_text(timeout_s)} and spends nothing."""
+    form = Approval.with_initial_data(description=described, max_usd=most)
+    with _rejected_after(timeout_s) as unanswered:
+        try:
+            answer = pause_flow_run(
+                wait_for_input=form,
+                timeout=int(timeout_s) + GRACE_S,
+                poll_interval=LOOK_S,
+                key=run_id,
+            )
+        except FlowPauseTimeout:
+            unanswered.set()
+    if unanswered.is_set():
+        raise not_approved(plan, f"Nobody answered within {span_text(timeout_s)}.")
+    return answer
+
+
+@contextmanager
+def _rejected_after(seconds: float) -> Iterator[threading.Event]:
+    """Reject this run if nobody has answered after so long; what it yields says so."""
+    unanswered, run_id = threading.Event(), UUID(flow_run.id)
+
+    def reject() -> None:
+        with suppress(NotPausedError):  # somebody has just answered
+            resume_flow_run(run_id, {"decision": "reject", "max_usd": 1.0})
+            unanswered.set()
+
+    timer = threading.Timer(seconds, reject)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield unanswered
+    finally:
+        timer.cancel()
