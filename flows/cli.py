@@ -16,7 +16,8 @@ from flows.terminal import CANCELLED, SIGNALS_HERE, bar_on, prefect_log
 from tasks.errors import UNFORESEEN, EmbedOnceError, SettingsError
 
 if TYPE_CHECKING:
-    from tasks.params import Config, Overrides
+    from tasks.form import Overrides
+    from tasks.params import Config
 
 INCOMPLETE = 3
 FOUND = 5
@@ -64,7 +65,7 @@ def reindex(  # noqa: PLR0917 - an argument an option
     ] = None,
 ) -> None:
     """Bring the index in step with the corpus: plan, embed, publish, report."""
-    from tasks.params import Overrides, configured  # noqa: PLC0415
+    from tasks.form import Overrides, configured  # noqa: PLC0415
     from tasks.storage import local_folder  # noqa: PLC0415
     from tasks.summary import as_text, headline, report_rows  # noqa: PLC0415
     from tasks.survey import require_runnable  # noqa: PLC0415
@@ -111,7 +112,8 @@ def plan(  # noqa: PLR0917 - an argument an option
     from tasks.quick import import_lancedb  # noqa: PLC0415
 
     import_lancedb()
-    from tasks.params import Overrides, load_config  # noqa: PLC0415
+    from tasks.form import Overrides  # noqa: PLC0415
+    from tasks.params import load_config  # noqa: PLC0415
     from tasks.plan import make_plan, plan_rows  # noqa: PLC0415
     from tasks.summary import as_text  # noqa: PLC0415
 

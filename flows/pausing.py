@@ -15,7 +15,8 @@ from pydantic import Field
 from tasks.approval import ceiling, not_approved, question
 from tasks.artifacts import publish_plan
 from tasks.budget import usd_text
-from tasks.params import Config, Overrides
+from tasks.form import Overrides
+from tasks.params import Config
 from tasks.plan import Plan, plan_of
 from tasks.summary import span_text
 from tasks.survey import Survey

@@ -3,7 +3,7 @@
 from prefect import flow
 
 from tasks.artifacts import publish_plan
-from tasks.params import Overrides, configured
+from tasks.form import Overrides, configured
 from tasks.plan import Plan, make_plan
 
 

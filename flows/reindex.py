@@ -25,11 +25,12 @@ from tasks.artifacts import publish_report
 from tasks.claims import Shared
 from tasks.errors import BudgetReached, EmbedOnceError, NotApproved, SettingsError
 from tasks.fill import Filled
+from tasks.form import Overrides, configured
 from tasks.index import adopt, held, vectors_of
 from tasks.journal import RunFolder, unfolded_answers
 from tasks.limiter import LimiterStatistics
 from tasks.notes import About
-from tasks.params import Config, Overrides, TableSource, configured
+from tasks.params import Config, TableSource
 from tasks.progress import Progress, listening, tell
 from tasks.publish import publish, tidy_published
 from tasks.read.frames import write_frame

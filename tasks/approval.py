@@ -12,17 +12,17 @@ billed, and the corpus may grow while a person thinks."""
 
 
 def ceiling(plan: Plan) -> float:
-    """Most US dollars that a run of this plan may cost if nobody names another maximum.
+    """Most US dollars that a run of this plan may cost if nobody names another maximum."""
+    return ceiling_usd(plan.cost.usd, plan.max_usd)
 
-    Returns:
-        The plan's price with HEADROOM, rounded up to two digits, or `budget.max_usd` if that
-        is less.
-    """
-    usd = plan.cost.usd * HEADROOM
+
+def ceiling_usd(usd: float, max_usd: float | None) -> float:
+    """A price with HEADROOM, rounded up to two digits, or `max_usd` if that is less."""
+    usd *= HEADROOM
     unit = 10.0 ** (math.floor(math.log10(usd)) - 1)
     # As a float two digits may lie a little above themselves.
     most = float(f"{math.ceil(usd / unit - 1e-9) * unit:.1e}")
-    return most if plan.max_usd is None else min(most, plan.max_usd)
+    return most if max_usd is None else min(most, max_usd)
 
 
 def question(plan: Plan) -> str:

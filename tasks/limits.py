@@ -1,11 +1,15 @@
 """How much a run may ask of a provider, and how texts are cut into batches by it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+SLACK = 1 / 60
+"""Part of a minute that two calls may come closer together on the way to the provider."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,11 @@ class Limits:
         return replace(self, tokens_per_request=most)
 
     def seconds_needed(self, calls: int, tokens: int) -> float:
-        """The least time the account's limits allow for `calls` with `tokens` in all."""
-        return 60 * max(self._minutes(calls, tokens).values())
+        """The time that `calls` with `tokens` in all spend waiting for the account's limits.
+
+        The last minute's quota goes out at once, so that a run within one quota waits for none.
+        """
+        return 60 * (1 + SLACK) * max(self._minutes(calls, tokens).values())
 
     def binding(self, calls: int, tokens: int) -> str:
         """Which limit that time comes from; "" where none does."""
@@ -43,13 +50,13 @@ class Limits:
         longest = max(minutes, key=lambda name: minutes[name])
         return longest if minutes[longest] else ""
 
-    def _minutes(self, calls: int, tokens: int) -> dict[str, float]:
-        return {
-            "tokens per minute": tokens / self.tokens_per_minute if self.tokens_per_minute else 0.0,
-            "requests per minute": (
-                calls / self.requests_per_minute if self.requests_per_minute else 0.0
-            ),
+    def _minutes(self, calls: int, tokens: int) -> dict[str, int]:
+        """Full minutes before the last call may go out, by limit; calls of equal size."""
+        most = {
+            "tokens per minute": (self.tokens_per_minute or tokens) * calls // max(1, tokens),
+            "requests per minute": self.requests_per_minute or calls,
         }
+        return {name: max(0, math.ceil(calls / max(1, each)) - 1) for name, each in most.items()}
 
 
 @dataclass(frozen=True)

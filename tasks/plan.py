@@ -11,8 +11,9 @@ from tasks.budget import usd_text
 from tasks.catalog import limits_for
 from tasks.compare import tally
 from tasks.errors import SettingsError
+from tasks.form import Overrides
 from tasks.keys import KeySet
-from tasks.params import Config, Overrides
+from tasks.params import Config
 from tasks.report import Chunks, Cost, Part, Saved, Texts
 from tasks.schemas import CHANGES, DELETIONS, PACKED
 from tasks.summary import Row, chunk_rows, cost_text, prepend_rows, skipped_rows, span_text
@@ -30,10 +31,12 @@ class Plan(Part):
         tokens: Estimated tokens to embed.
         usd: Their list price; `free_tokens` of the account are not taken off.
         usd_batch_lane: The same in the provider's Batch lane; null where it has none.
-        seconds_at_limits: Least time the account's limits allow.
-        bound_by: Which limit that is; "" where there is none.
+        seconds_at_limits: Time that the calls wait for the account's limits; 0 within one
+            minute's quota.
+        bound_by: Which limit that is; "" where it is none.
+        limited: Whether the account has limits a minute.
         next_tier: The account's next usage tier; 0 where there is none, or it is no faster.
-        seconds_at_next_tier: The least time there.
+        seconds_at_next_tier: The time there.
         cut: Texts to embed that are as long as the model reads, or longer: the rest is cut off.
         max_usd: Most that a run may cost; null: no limit.
         approve_above_usd: Most that a run may cost unasked; null: no limit.
@@ -54,6 +57,7 @@ class Plan(Part):
     free_tokens: int
     seconds_at_limits: float
     bound_by: str
+    limited: bool
     next_tier: int
     seconds_at_next_tier: float
     cut: int
@@ -105,6 +109,7 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
         free_tokens=facts.free_tokens,
         seconds_at_limits=limits.seconds_needed(packed.batches, packed.tokens),
         bound_by=limits.binding(packed.batches, packed.tokens),
+        limited=bool(limits.requests_per_minute or limits.tokens_per_minute),
         next_tier=tier,
         seconds_at_next_tier=sooner,
         cut=_cut(survey),
@@ -119,7 +124,7 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
 
 
 def _next_tier(survey: Survey) -> tuple[int, float]:
-    """The account's next usage tier and the least seconds there; 0 where it is no faster."""
+    """The account's next usage tier and the seconds there; 0 where it is no faster."""
     settings, packed = survey.config.limits, survey.packed
     tier = 1 if settings.tier == "free" else settings.tier + 1
     if survey.facts.tiers is None or tier not in survey.facts.tiers:
@@ -173,8 +178,12 @@ def plan_rows(plan: Plan) -> list[Row]:
     if plan.bound_by:
         least = f"{span_text(plan.seconds_at_limits)}, bound by {plan.bound_by}"
         if plan.next_tier:
-            least += f"; tier {plan.next_tier} would take {span_text(plan.seconds_at_next_tier)}"
+            sooner = plan.seconds_at_next_tier
+            least += f"; tier {plan.next_tier} would take "
+            least += span_text(sooner) if sooner else "less than a minute"
         rows.append(("time at limits", least))
+    elif plan.limited and plan.calls:
+        rows.append(("time at limits", "none to wait: it is within a minute's quota"))
     return rows + skipped_rows(plan.skipped, plan.examples)
 
 

@@ -11,10 +11,7 @@ then a corpus below one minute's quota is done at once.
 from collections import deque
 from dataclasses import dataclass, field
 
-from tasks.limits import Learned
-
-SLACK = 1 / 60
-"""Part of a minute that two calls may come closer together on the way to the provider."""
+from tasks.limits import SLACK, Learned
 
 LATE = 1 / 240
 """Part of a minute that evenly spaced calls may catch up after a delay."""

@@ -17,11 +17,12 @@ from tasks.compare import tally
 from tasks.errors import BatchTooLarge, ProviderThrottled
 from tasks.fill import Filled
 from tasks.fingerprint import Keyed
+from tasks.form import Overrides
 from tasks.journal import RunFolder
 from tasks.ledger import Ledger
 from tasks.limiter import LimiterStatistics
 from tasks.notes import About, Call, Refused
-from tasks.params import Config, Overrides
+from tasks.params import Config
 from tasks.plan import chunks_of, cost_of, index_name, texts_of
 from tasks.publish import Published
 from tasks.quarantine import Quarantine

@@ -19,8 +19,8 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from tasks.errors import ProviderBusy, SettingsError
+from tasks.limits import SLACK
 from tasks.providers import Provider
-from tasks.quota import SLACK
 
 HOLD_S = 5.0
 """Seconds in which slots that were taken ahead must be used."""

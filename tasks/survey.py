@@ -18,13 +18,14 @@ from tasks.compare import Compared, Held, compare, tally
 from tasks.errors import SettingsError, StorageFailed
 from tasks.fill import Filled
 from tasks.fingerprint import Keyed, fingerprint
+from tasks.form import Overrides
 from tasks.index import Identity, identity_of, open_index, require_space, scan
 from tasks.journal import unfolded_hashes
 from tasks.keys import hash_column
 from tasks.lookup import LookedUp, lookup
 from tasks.notes import Refused
 from tasks.pack import Packed, pack
-from tasks.params import Config, FilesSource, Overrides
+from tasks.params import Config, FilesSource
 from tasks.prepare import Preparation
 from tasks.providers import Provider
 from tasks.providers.opening import open_embedder, open_provider

@@ -29,6 +29,7 @@ from tasks.findings import (
     fault_kinds,
     finding,
 )
+from tasks.form import Overrides
 from tasks.index import (
     broken_tags,
     differences,
@@ -42,7 +43,7 @@ from tasks.index import (
 from tasks.journal import RunFolder, fold, unfolded_hashes, unreadable
 from tasks.judge import FREE_SAMPLE, Asking, judge
 from tasks.keys import KeySet, digest_column, document_key, first_of_each, identified
-from tasks.params import Config, Index, Overrides
+from tasks.params import Config, Index
 from tasks.plan import index_name
 from tasks.providers import Space
 from tasks.providers.opening import open_embedder, open_provider

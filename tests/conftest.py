@@ -17,12 +17,13 @@ import pytest
 from tasks.claims import Shared, take_up
 from tasks.embed import embed_batch
 from tasks.fill import Filled, Filling
+from tasks.form import Overrides
 from tasks.index import adopt, held, open_index, vectors_of
 from tasks.journal import RunFolder, fold, unfolded_answers
 from tasks.keys import KeySet, hash_column, text_hash
 from tasks.limits import Limits
 from tasks.notes import Call
-from tasks.params import Config, Index, Overrides
+from tasks.params import Config, Index
 from tasks.prepare import PLAIN, Preparation
 from tasks.providers.lexical import Lexical
 from tasks.publish import Published, publish, tidy_published

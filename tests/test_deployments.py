@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tasks.history import history
+from tasks.index import is_held
 from tasks.params import load_config
 from tasks.simulator import Latency, Settings, Simulator
 
@@ -156,10 +157,11 @@ def test_the_form_of_an_ad_hoc_run_says_what_each_field_means(api: Api) -> None:
         "Retry what is quarantined",
         "Texts that are refused",
         "Maximum price",
+        "Approval threshold",
         "Further settings",
     ]
     assert all(field["description"] for field in overrides.values())
-    assert [field["position"] for field in overrides.values()] == [0, 1, 2, 3, 4, 5]
+    assert [field["position"] for field in overrides.values()] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_the_nightly_run_is_scheduled_and_never_overlaps_itself(api: Api) -> None:
@@ -220,8 +222,12 @@ state: {{uri: ./state}}
 """,
             encoding="utf-8",
         )
-        rows = [{"id": str(number), "text": f"bird number {number}"} for number in range(TEXTS)]
-        (folder / "birds.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        self.write(TEXTS)
+
+    def write(self, texts: int) -> None:
+        """The corpus."""
+        rows = [{"id": str(number), "text": f"bird number {number}"} for number in range(texts)]
+        (self.config.parent / "birds.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     def totals(self, name: str) -> int:
         return int(self.simulator.ledger.totals()[name])
@@ -272,6 +278,68 @@ def test_a_cancel_in_the_ui_keeps_what_is_paid_for(api: Api, birds: Birds) -> No
     assert ended(api, "reindex/ad-hoc", config=str(birds.config))["state_name"] == "Completed"
     assert birds.runs()[-1]["texts.embedded"] == TEXTS - told["texts.embedded"]
     assert birds.totals("texts_billed_again") == 0
+
+
+def paused(api: Api, config: Path, *settings: str) -> str:
+    """The id of a run that waits for a person."""
+    overrides = {"approve_above_usd": 1e-6, "settings": settings}
+    run_id = begun(api, "reindex/ad-hoc", config=str(config), overrides=overrides)
+    wait_for(lambda: api(f"flow_runs/{run_id}", "GET")["state_name"] == "Paused", seconds=180)
+    return run_id
+
+
+def answered(api: Api, run_id: str, **answer: Any) -> Any:
+    return api(f"flow_runs/{run_id}/resume", run_input=answer)
+
+
+def test_a_paused_run_lets_others_use_the_index_and_goes_on_from_what_it_finds(
+    api: Api, birds: Birds
+) -> None:
+    birds.simulator.change(latency=Latency())
+    run_id = paused(api, birds.config)
+    assert "| approval | needed, " in artifact(api, "plan-birds")
+    assert birds.arrived == 0
+    assert not is_held(load_config(birds.config).index)
+    birds.write(TEXTS + 5)
+    narrow = ["budget.max_usd=0.0002", "limits.texts_per_request=20"]
+    ended(api, "reindex/ad-hoc", config=str(birds.config), overrides={"settings": narrow})
+    paid = birds.totals("ok") * 20
+    assert 0 < paid < TEXTS
+    wrong = answered(api, run_id, decision="approve", max_usd=-1)
+    assert (wrong["status"], birds.totals("ok")) == ("REJECT", paid // 20)
+    assert answered(api, run_id, decision="approve", max_usd=0.01)["status"] == "ACCEPT"
+    assert end_of(api, run_id)["state_name"] == "Completed"
+    assert [run["state"] for run in birds.runs()] == ["over budget", "completed"]
+    assert birds.runs()[-1]["texts.embedded"] == TEXTS + 5 - paid
+
+
+@pytest.mark.parametrize("way", ["rejected", "unanswered", "cancelled"])
+def test_a_run_that_nobody_approves_ends_and_has_spent_nothing(
+    api: Api, birds: Birds, way: str
+) -> None:
+    run_id = paused(
+        api, birds.config, *(["budget.approval_timeout=3"] if way == "unanswered" else [])
+    )
+    if way == "rejected":
+        answered(api, run_id, decision="reject", max_usd=1)
+    if way == "cancelled":
+        api(f"flow_runs/{run_id}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
+    run = end_of(api, run_id)
+    name = "Cancelled" if way == "cancelled" else "NotApproved"
+    assert (run["state_type"], run["state_name"]) == ("CANCELLED", name)
+    said = {"rejected": "It was rejected.", "unanswered": "Nobody answered within 3.0 s."}
+    assert said.get(way, "") in (run["state"]["message"] or "")
+    (told,) = birds.runs()
+    assert told["state"] == ("cancelled" if way == "cancelled" else "not approved")
+    assert birds.arrived == 0
+
+
+def test_a_run_that_may_only_spend_so_much_stops_there(api: Api, birds: Birds) -> None:
+    birds.simulator.change(latency=Latency())
+    run_id = paused(api, birds.config, "limits.texts_per_request=10")
+    answered(api, run_id, decision="approve", max_usd=0.00002)
+    assert end_of(api, run_id)["state_name"] == "BudgetReached"
+    assert 0 < birds.simulator.ledger.totals()["usd"] <= 0.00002
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ from tasks.errors import (
     ProviderDenied,
     SettingsError,
 )
+from tasks.form import Overrides
 from tasks.history import history
 from tasks.index import generations, held, open_index
 from tasks.journal import RunFolder, fold
@@ -44,7 +45,7 @@ from tasks.keys import hash_column, text_hash
 from tasks.ledger import Ledger
 from tasks.limits import Learned, Limits
 from tasks.notes import Call
-from tasks.params import Config, Overrides, load_config
+from tasks.params import Config, load_config
 from tasks.plan import make_plan
 from tasks.prepare import PLAIN, Preparation
 from tasks.providers import Answer, Space

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tasks.catalog import facts_for
 from tasks.errors import SettingsError
-from tasks.params import Config, Overrides, load_config
+from tasks.form import Overrides
+from tasks.params import Config, load_config
 from tasks.plan import make_plan, plan_rows
 from tasks.providers.model_folder import read_model
 from tasks.providers.opening import open_embedder, open_provider

@@ -22,11 +22,12 @@ import requests
 
 from tasks.cache import Cache
 from tasks.errors import IndexHeld, LockLost, SettingsError, StorageFailed
+from tasks.form import Overrides
 from tasks.index import Identity, held, open_index
 from tasks.journal import RunFolder
 from tasks.keys import hash_column, text_hash
 from tasks.notes import Call
-from tasks.params import Config, Index, Overrides
+from tasks.params import Config, Index
 from tasks.plan import make_plan
 from tasks.providers import Space
 from tasks.providers.lexical import Lexical

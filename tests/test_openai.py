@@ -37,9 +37,10 @@ from tasks.errors import (
     ProviderUnreachable,
     SettingsError,
 )
+from tasks.form import Overrides
 from tasks.ledger import Ledger
 from tasks.limits import Learned, Limits
-from tasks.params import Config, Embedding, LimitSettings, Overrides, load_config
+from tasks.params import Config, Embedding, LimitSettings, load_config
 from tasks.plan import make_plan
 from tasks.providers import Provider, checked_vectors
 from tasks.providers.lexical import Lexical

@@ -89,10 +89,14 @@ def test_batches_fill_to_the_last_token(packing: Packing) -> None:
 
 def test_the_time_a_run_takes_follows_from_its_tightest_limit() -> None:
     limits = replace(ONE, requests_per_minute=10, tokens_per_minute=1000)
-    assert limits.seconds_needed(calls=20, tokens=1000) == 120
-    assert limits.binding(calls=20, tokens=1000) == "requests per minute"
-    assert limits.seconds_needed(calls=1, tokens=500) == 30
-    assert limits.binding(calls=1, tokens=500) == "tokens per minute"
+    assert limits.seconds_needed(calls=21, tokens=1000) == 122  # 10 now, 10 after 61 s, then one
+    assert limits.binding(calls=21, tokens=1000) == "requests per minute"
+    assert limits.seconds_needed(calls=5, tokens=3000) == 244  # 600 each, so one a minute
+    assert limits.binding(calls=5, tokens=3000) == "tokens per minute"
+    assert limits.seconds_needed(calls=2, tokens=1000) == 0
+    assert limits.binding(calls=2, tokens=1000) == ""
+    assert limits.seconds_needed(calls=1, tokens=5000) == 0  # no minute can hold it: it goes alone
+    assert limits.seconds_needed(calls=0, tokens=0) == 0
     assert ONE.seconds_needed(calls=9, tokens=9) == 0
     assert ONE.binding(calls=9, tokens=9) == ""
 

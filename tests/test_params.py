@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from tasks.errors import SettingsError
-from tasks.params import Config, FilesSource, Overrides, TableSource, load_config
+from tasks.form import Overrides
+from tasks.params import Config, FilesSource, TableSource, load_config
 
 FILES: dict[str, Any] = {
     "name": "docs",

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tasks.budget import usd_text
-from tasks.params import Overrides, load_config
+from tasks.form import Overrides
+from tasks.params import load_config
 from tasks.plan import Plan, make_plan, plan_rows
 from tasks.summary import span_text
 
@@ -34,15 +35,28 @@ def planned(config: Path, *settings: str) -> Plan:
 def test_it_says_what_binds_and_what_the_next_tier_would_take(config: Path) -> None:
     free = planned(config, "limits.tier=free")
     assert (free.bound_by, free.next_tier) == ("tokens per minute", 1)
-    assert free.seconds_at_limits == pytest.approx(60 * free.tokens / 10_000)
-    assert free.seconds_at_next_tier < free.seconds_at_limits / 100
+    assert free.seconds_at_limits == 61 * (free.calls - 1)
+    assert free.seconds_at_next_tier == 0
     said = dict(plan_rows(free))["time at limits"]
-    assert said.endswith(
-        f"min, bound by tokens per minute; tier 1 would take {span_text(free.seconds_at_next_tier)}"
-    )
+    assert said.endswith("min, bound by tokens per minute; tier 1 would take less than a minute")
+    slow = planned(config, "limits.requests_per_minute=10", "limits.texts_per_request=1")
+    assert (slow.bound_by, slow.next_tier) == ("requests per minute", 0)
+
+
+def test_a_tier_with_twice_the_quota_takes_half_the_time(tmp_path: Path, config: Path) -> None:
+    rows = [{"id": str(at), "text": f"{at} " + "sings " * 4000} for at in range(6000)]
+    (tmp_path / "birds.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     first = planned(config)
-    assert first.next_tier == 2
-    assert first.seconds_at_next_tier == pytest.approx(first.seconds_at_limits / 2)
+    assert (first.bound_by, first.next_tier) == ("tokens per minute", 2)
+    assert first.seconds_at_next_tier == pytest.approx(first.seconds_at_limits / 2, rel=0.1)
+    assert dict(plan_rows(first))["time at limits"].endswith(
+        f"bound by tokens per minute; tier 2 would take {span_text(first.seconds_at_next_tier)}"
+    )
+
+
+def test_a_run_within_a_minutes_quota_waits_for_nothing(config: Path) -> None:
+    said = dict(plan_rows(planned(config)))["time at limits"]
+    assert said == "none to wait: it is within a minute's quota"
 
 
 @pytest.mark.parametrize(

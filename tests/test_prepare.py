@@ -19,9 +19,10 @@ from pydantic import ValidationError
 from flows.cli import main
 from tasks.errors import SettingsError
 from tasks.findings import Verified
+from tasks.form import Overrides
 from tasks.index import open_index
 from tasks.keys import text_hash
-from tasks.params import Config, Embedding, Overrides
+from tasks.params import Config, Embedding
 from tasks.plan import make_plan, plan_rows
 from tasks.prepare import PLAIN, Preparation, taken_apart
 from tasks.providers.opening import open_provider

@@ -12,9 +12,10 @@ import pytest
 from flows.reindex import reindex, run
 from tasks.budget import usd_text
 from tasks.errors import BudgetReached, EmbedOnceError, SettingsError
+from tasks.form import Overrides
 from tasks.index import open_index
 from tasks.ledger import Ledger
-from tasks.params import Overrides, load_config
+from tasks.params import load_config
 from tasks.plan import make_plan, plan_rows
 from tasks.quarantine import quarantined
 from tasks.search import search

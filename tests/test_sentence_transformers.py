@@ -25,7 +25,8 @@ from tasks.errors import (
     ProviderDenied,
     SettingsError,
 )
-from tasks.params import Config, Overrides, load_config
+from tasks.form import Overrides
+from tasks.params import Config, load_config
 from tasks.plan import make_plan
 from tasks.providers import Provider, Vectors, checked_vectors
 from tasks.providers.loaded_model import CPU_BUDGET, Running, running_model

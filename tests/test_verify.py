@@ -27,12 +27,13 @@ from tasks.cache import Cache
 from tasks.errors import EmbedOnceError, IndexHeld, SettingsError
 from tasks.examine import Entries, Rows
 from tasks.findings import RECALL_BOUND, ToPay, Verified
+from tasks.form import Overrides
 from tasks.index import Generation, generations, held, open_index, tag_generation
 from tasks.keys import text_hash
 from tasks.lance import read_located
 from tasks.ledger import Ledger
 from tasks.notes import Refused
-from tasks.params import Config, Overrides
+from tasks.params import Config
 from tasks.plan import make_plan
 from tasks.providers import UNIT_TOLERANCE, Space
 from tasks.providers.opening import open_provider

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from tasks.errors import CorpusError, SettingsError
+from tasks.form import Overrides
 from tasks.index import generations, open_index
 from tasks.journal import RunFolder
 from tasks.keys import text_hash
-from tasks.params import Config, Overrides
+from tasks.params import Config
 from tasks.plan import make_plan
 from tasks.providers.lexical import Lexical
 

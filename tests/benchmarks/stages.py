@@ -29,11 +29,12 @@ from tasks.compare import Held, compare
 from tasks.embed import Embedded, embed_batch
 from tasks.fill import Filled, Filling
 from tasks.fingerprint import fingerprint
+from tasks.form import Overrides
 from tasks.index import Identity, open_index, scan
 from tasks.journal import RunFolder, fold, unfolded_hashes
 from tasks.lookup import lookup
 from tasks.pack import pack
-from tasks.params import Config, Overrides
+from tasks.params import Config
 from tasks.providers.opening import open_embedder
 from tasks.publish import publish
 from tasks.run import peak_bytes
