@@ -2,10 +2,12 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Literal
 from uuid import UUID
 
+from httpx import HTTPError
+from prefect import get_run_logger
 from prefect.exceptions import FlowPauseTimeout, NotPausedError
 from prefect.flow_runs import pause_flow_run, resume_flow_run
 from prefect.input import RunInput
@@ -25,25 +27,6 @@ LOOK_S = 2
 """A paused run looks so often whether it may go on."""
 GRACE_S = 600
 """A pause that has timed out on the server can only fail, so ours ends before it."""
-
-
-class Approval(RunInput):
-    """What a person says to a plan."""
-
-    decision: Literal["approve", "reject"] = Field(
-        title="Decision",
-        description="approve: the plan is made anew and the run goes on. reject: it ends, and "
-        "nothing is spent.",
-        json_schema_extra={"position": 0},
-    )
-    max_usd: float = Field(
-        gt=0,
-        allow_inf_nan=False,
-        title="Maximum price",
-        description="Most US dollars that this run may cost at list price; it stops before the "
-        "call that would pass it.",
-        json_schema_extra={"position": 1},
-    )
 
 
 class ApprovalNeeded(Exception):
@@ -94,6 +77,38 @@ def approved(plan: Plan, settings: Config, run_id: str) -> Config:
     return settings.model_copy(update={"budget": budget})
 
 
+class Approval(RunInput):
+    """What a person says to a plan."""
+
+    decision: Literal["approve", "reject"] = Field(
+        title="Decision",
+        description="approve: the plan is made anew and the run goes on. reject: it ends, and "
+        "nothing is spent.",
+        json_schema_extra={"position": 0},
+    )
+    max_usd: float
+
+
+def _form(described: str, most: float) -> type[Approval]:
+    """The form of a plan, with `most` filled in and `described` above it.
+
+    `with_initial_data` could fill that in too, but drops title, description and bounds.
+    """
+
+    class Filled(Approval):
+        max_usd: float = Field(
+            default=most,
+            gt=0,
+            allow_inf_nan=False,
+            title="Maximum price",
+            description="Most US dollars that this run may cost at list price; it stops before "
+            "the call that would pass it.",
+            json_schema_extra={"position": 1},
+        )
+
+    return Filled.with_initial_data(description=described)
+
+
 def _answer(plan: Plan, timeout_s: float, run_id: str) -> Approval:
     most = ceiling(plan)
     described = f"""{question(plan)}
@@ -104,11 +119,10 @@ def _answer(plan: Plan, timeout_s: float, run_id: str) -> Approval:
 
 The whole plan is among the artifacts of this run. Approve up to {usd_text(most)}, or name \
 another maximum. Unanswered, the run ends after {span_text(timeout_s)} and spends nothing."""
-    form = Approval.with_initial_data(description=described, max_usd=most)
     with _rejected_after(timeout_s) as unanswered:
         try:
             answer = pause_flow_run(
-                wait_for_input=form,
+                wait_for_input=_form(described, most),
                 timeout=int(timeout_s) + GRACE_S,
                 poll_interval=LOOK_S,
                 key=run_id,
@@ -123,17 +137,25 @@ another maximum. Unanswered, the run ends after {span_text(timeout_s)} and spend
 @contextmanager
 def _rejected_after(seconds: float) -> Iterator[threading.Event]:
     """Reject this run if nobody has answered after so long; what it yields says so."""
-    unanswered, run_id = threading.Event(), UUID(flow_run.id)
+    unanswered, ended, run_id = threading.Event(), threading.Event(), UUID(flow_run.id)
+    logger = get_run_logger()
 
     def reject() -> None:
-        with suppress(NotPausedError):  # somebody has just answered
-            resume_flow_run(run_id, {"decision": "reject", "max_usd": 1.0})
-            unanswered.set()
+        wait_s = seconds
+        while not ended.wait(wait_s):
+            wait_s = LOOK_S
+            try:
+                resume_flow_run(run_id, {"decision": "reject", "max_usd": 1.0})
+            except NotPausedError:  # somebody has just answered
+                return
+            except (RuntimeError, HTTPError) as error:
+                logger.warning("Prefect's server does not take the end of the pause: %s", error)
+            else:
+                unanswered.set()
+                return
 
-    timer = threading.Timer(seconds, reject)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=reject, name="approval timeout", daemon=True).start()
     try:
         yield unanswered
     finally:
-        timer.cancel()
+        ended.set()

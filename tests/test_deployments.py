@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
@@ -72,8 +73,18 @@ def api(environment: dict[str, str], project: Path) -> Iterator[Api]:
         with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
             return json.load(answer)
 
+    def patient(path: str, method: str = "POST", **body: Any) -> Any:
+        for _ in range(10):
+            try:
+                return call(path, method, **body)
+            except urllib.error.HTTPError as busy:
+                if busy.code != 503:  # SQLite was locked: clients ask again
+                    raise
+                time.sleep(1)
+        return call(path, method, **body)
+
     try:
-        yield call
+        yield patient
     finally:
         worker.terminate()
         try:
@@ -284,7 +295,7 @@ def paused(api: Api, config: Path, *settings: str) -> str:
     """The id of a run that waits for a person."""
     overrides = {"approve_above_usd": 1e-6, "settings": settings}
     run_id = begun(api, "reindex/ad-hoc", config=str(config), overrides=overrides)
-    wait_for(lambda: api(f"flow_runs/{run_id}", "GET")["state_name"] == "Paused", seconds=180)
+    wait_for(lambda: api(f"flow_runs/{run_id}/input/filter", prefix="paused"), seconds=180)
     return run_id
 
 
@@ -301,12 +312,12 @@ def test_a_paused_run_lets_others_use_the_index_and_goes_on_from_what_it_finds(
     assert birds.arrived == 0
     assert not is_held(load_config(birds.config).index)
     birds.write(TEXTS + 5)
-    narrow = ["budget.max_usd=0.0002", "limits.texts_per_request=20"]
-    ended(api, "reindex/ad-hoc", config=str(birds.config), overrides={"settings": narrow})
-    paid = birds.totals("ok") * 20
+    little = ["budget.max_usd=0.000012", "limits.texts_per_request=10"]
+    ended(api, "reindex/ad-hoc", config=str(birds.config), overrides={"settings": little})
+    paid = birds.totals("distinct_texts")
     assert 0 < paid < TEXTS
     wrong = answered(api, run_id, decision="approve", max_usd=-1)
-    assert (wrong["status"], birds.totals("ok")) == ("REJECT", paid // 20)
+    assert (wrong["status"], birds.totals("distinct_texts")) == ("REJECT", paid)
     assert answered(api, run_id, decision="approve", max_usd=0.01)["status"] == "ACCEPT"
     assert end_of(api, run_id)["state_name"] == "Completed"
     assert [run["state"] for run in birds.runs()] == ["over budget", "completed"]
