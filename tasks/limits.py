@@ -1,7 +1,7 @@
 """How much a run may ask of a provider, and how texts are cut into batches by it."""
 
-import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -37,26 +37,27 @@ class Limits:
         most = max(1, int(self.tokens_per_request / (1 + margin)))
         return replace(self, tokens_per_request=most)
 
-    def seconds_needed(self, calls: int, tokens: int) -> float:
-        """The time that `calls` with `tokens` in all spend waiting for the account's limits.
+    def wait(self, calls: Iterable[int]) -> tuple[float, str]:
+        """How long calls of so many tokens each wait for the account's limits.
 
-        The last minute's quota goes out at once, so that a run within one quota waits for none.
+        A minute's quota goes out at once, so that a run within one waits for nothing.
+
+        Returns:
+            Seconds, and the limit that most of them come from; "" where there are none.
         """
-        return 60 * (1 + SLACK) * max(self._minutes(calls, tokens).values())
-
-    def binding(self, calls: int, tokens: int) -> str:
-        """Which limit that time comes from; "" where none does."""
-        minutes = self._minutes(calls, tokens)
-        longest = max(minutes, key=lambda name: minutes[name])
-        return longest if minutes[longest] else ""
-
-    def _minutes(self, calls: int, tokens: int) -> dict[str, int]:
-        """Full minutes before the last call may go out, by limit; calls of equal size."""
-        most = {
-            "tokens per minute": (self.tokens_per_minute or tokens) * calls // max(1, tokens),
-            "requests per minute": self.requests_per_minute or calls,
-        }
-        return {name: max(0, math.ceil(calls / max(1, each)) - 1) for name, each in most.items()}
+        waits, requests, tokens = Counter[str](), 0, 0
+        for size in calls:
+            cause = ""
+            if self.requests_per_minute and requests == self.requests_per_minute:
+                cause = "requests per minute"
+            elif self.tokens_per_minute and requests and tokens + size > self.tokens_per_minute:
+                cause = "tokens per minute"
+            if cause:
+                waits[cause] += 1
+                requests = tokens = 0
+            requests, tokens = requests + 1, tokens + size
+        seconds = 60 * (1 + SLACK) * waits.total()
+        return seconds, max(waits, key=lambda cause: waits[cause], default="")
 
 
 @dataclass(frozen=True)

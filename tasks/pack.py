@@ -27,6 +27,13 @@ class Packed:
     texts: int
     tokens: int
 
+    def calls(self) -> list[int]:
+        """Tokens of each batch, in their order."""
+        table = self.table.load(PACKED)
+        batch, tokens = (table.column(name).to_numpy() for name in ("batch", "tokens"))
+        sums: list[int] = np.bincount(batch, tokens, self.batches + 1)[1:].astype(int).tolist()
+        return sums
+
 
 @stage("pack")
 def pack(misses: TableRef, limits: Limits, target: Path) -> Packed:

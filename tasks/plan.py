@@ -19,6 +19,9 @@ from tasks.schemas import CHANGES, DELETIONS, PACKED
 from tasks.summary import Row, chunk_rows, cost_text, prepend_rows, skipped_rows, span_text
 from tasks.survey import Survey, require_safe, survey
 
+GUESS = 0.1
+"""An estimate that may be so far off has seen no bill yet, or hardly any."""
+
 
 class Plan(Part):
     """What a reindex would do. Nothing was spent or written to find out.
@@ -29,6 +32,7 @@ class Plan(Part):
         space: Provider, model, dimension and dtype.
         calls: Requests it takes.
         tokens: Estimated tokens to embed.
+        tokens_margin: How far the bill may lie above that, relative; 0 where they are counted.
         usd: Their list price; `free_tokens` of the account are not taken off.
         usd_batch_lane: The same in the provider's Batch lane; null where it has none.
         seconds_at_limits: Time that the calls wait for the account's limits; 0 within one
@@ -52,6 +56,7 @@ class Plan(Part):
     texts: Texts
     calls: int
     tokens: int
+    tokens_margin: float
     cost: Cost
     usd_batch_lane: float | None
     free_tokens: int
@@ -90,7 +95,8 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
     compared = survey.compared
     changes, deletions = compared.changes.load(CHANGES), compared.deletions.load(DELETIONS)
     refused = KeySet(survey.looked_up.quarantined).holds(changes.column("text_hash"))
-    tier, sooner = _next_tier(survey)
+    wait_s, bound_by = limits.wait(packed.calls())
+    tier, sooner = _next_tier(survey, wait_s)
     return Plan(
         name=config.name,
         source=config.source.path,
@@ -104,11 +110,12 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
         texts=texts_of(survey, packed.texts),
         calls=packed.batches,
         tokens=packed.tokens,
+        tokens_margin=survey.provider.estimate.margin,
         cost=cost_of(survey, packed.tokens),
         usd_batch_lane=facts.batch_usd(packed.tokens),
         free_tokens=facts.free_tokens,
-        seconds_at_limits=limits.seconds_needed(packed.batches, packed.tokens),
-        bound_by=limits.binding(packed.batches, packed.tokens),
+        seconds_at_limits=wait_s,
+        bound_by=bound_by,
         limited=bool(limits.requests_per_minute or limits.tokens_per_minute),
         next_tier=tier,
         seconds_at_next_tier=sooner,
@@ -123,16 +130,15 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
     )
 
 
-def _next_tier(survey: Survey) -> tuple[int, float]:
+def _next_tier(survey: Survey, wait_s: float) -> tuple[int, float]:
     """The account's next usage tier and the seconds there; 0 where it is no faster."""
-    settings, packed = survey.config.limits, survey.packed
+    settings = survey.config.limits
     tier = 1 if settings.tier == "free" else settings.tier + 1
     if survey.facts.tiers is None or tier not in survey.facts.tiers:
         return 0, 0.0
     limits = limits_for(settings.model_copy(update={"tier": tier}), survey.facts)
-    seconds = limits.seconds_needed(packed.batches, packed.tokens)
-    slower = survey.provider.limits.seconds_needed(packed.batches, packed.tokens)
-    return (tier, seconds) if seconds < slower else (0, 0.0)
+    seconds, _ = limits.wait(survey.packed.calls())
+    return (tier, seconds) if seconds < wait_s else (0, 0.0)
 
 
 def _cut(survey: Survey) -> int:
@@ -160,7 +166,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         *chunk_rows(plan.chunks),
         ("duplicate texts", f"{plan.chunks.duplicate:,}"),
         ("from the cache", f"{plan.texts.from_cache:,} texts"),
-        ("to embed", f"{plan.texts.embedded:,} texts, about {plan.tokens:,} tokens"),
+        ("to embed", f"{plan.texts.embedded:,} texts, {_tokens_text(plan)}"),
         ("calls", f"{plan.calls:,}"),
         *([("cut off", f"{plan.cut:,} texts, at what the model reads")] if plan.cut else []),
         ("price", cost_text(plan.cost)),
@@ -185,6 +191,13 @@ def plan_rows(plan: Plan) -> list[Row]:
     elif plan.limited and plan.calls:
         rows.append(("time at limits", "none to wait: it is within a minute's quota"))
     return rows + skipped_rows(plan.skipped, plan.examples)
+
+
+def _tokens_text(plan: Plan) -> str:
+    if not plan.tokens_margin:
+        return f"{plan.tokens:,} tokens"
+    guess = ", a first guess on the high side; bills correct it"
+    return f"about {plan.tokens:,} tokens{guess if plan.tokens_margin > GUESS else ''}"
 
 
 def index_name(config: Config) -> str:

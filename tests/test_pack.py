@@ -89,16 +89,14 @@ def test_batches_fill_to_the_last_token(packing: Packing) -> None:
 
 def test_the_time_a_run_takes_follows_from_its_tightest_limit() -> None:
     limits = replace(ONE, requests_per_minute=10, tokens_per_minute=1000)
-    assert limits.seconds_needed(calls=21, tokens=1000) == 122  # 10 now, 10 after 61 s, then one
-    assert limits.binding(calls=21, tokens=1000) == "requests per minute"
-    assert limits.seconds_needed(calls=5, tokens=3000) == 244  # 600 each, so one a minute
-    assert limits.binding(calls=5, tokens=3000) == "tokens per minute"
-    assert limits.seconds_needed(calls=2, tokens=1000) == 0
-    assert limits.binding(calls=2, tokens=1000) == ""
-    assert limits.seconds_needed(calls=1, tokens=5000) == 0  # no minute can hold it: it goes alone
-    assert limits.seconds_needed(calls=0, tokens=0) == 0
-    assert ONE.seconds_needed(calls=9, tokens=9) == 0
-    assert ONE.binding(calls=9, tokens=9) == ""
+    # 10 now, 10 after 61 s, and then one.
+    assert limits.wait([50] * 21) == (122, "requests per minute")
+    assert limits.wait([600] * 5) == (244, "tokens per minute")
+    assert limits.wait([600, 600, 400]) == (61, "tokens per minute")
+    assert limits.wait([500, 500]) == (0, "")
+    assert limits.wait([5000]) == (0, "")  # no minute can hold it: it goes alone
+    assert limits.wait([]) == (0, "")
+    assert ONE.wait([9] * 9) == (0, "")
 
 
 def test_texts_are_cut_like_a_plan_and_no_texts_are_no_batch() -> None:

@@ -107,6 +107,30 @@ def test_a_run_bills_each_text_once_and_the_ledger_says_so_to_the_token(home: Ho
     assert (again.published, again.texts.embedded, home.calls) == ("none", 0, 5)
 
 
+@pytest.mark.slow
+def test_a_run_takes_the_tokens_price_and_time_of_its_plan(home: Home) -> None:
+    texts = [f"{number} " + "sings of houses, " * (number % 40 + 1) for number in range(900)]
+    home.write(texts[:200])
+    home.reindex()  # whose bills teach how many tokens a text has
+    home.write(texts)
+    settings = ["limits.texts_per_request=1000", "limits.tokens_per_minute=30000"]
+    planned = make_plan(load_config(home.config, settings), Overrides())
+    report = home.reindex(*settings)
+    assert planned.texts.embedded == report.texts.embedded == 700
+    assert planned.tokens == pytest.approx(report.tokens.billed, rel=0.03)
+    assert planned.cost.usd == pytest.approx(report.cost.usd, rel=0.03)
+    assert planned.calls == report.calls.ok
+    assert planned.bound_by == "tokens per minute"
+    assert planned.seconds_at_limits == pytest.approx(report.seconds.embed, rel=0.15)
+    assert "first guess" not in dict(plan_rows(planned))["to embed"]
+
+
+def test_a_plan_says_that_no_bill_has_taught_it(home: Home) -> None:
+    home.write(words(20))
+    first = make_plan(load_config(home.config), Overrides())
+    assert "a first guess on the high side" in dict(plan_rows(first))["to embed"]
+
+
 def test_a_run_stops_at_its_budget_and_the_next_one_pays_for_the_rest(home: Home) -> None:
     home.write(words(200))
     planned = make_plan(load_config(home.config), Overrides())
