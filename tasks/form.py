@@ -20,17 +20,22 @@ class Overrides(BaseModel):
         "all other documents stay in the index as they are. Empty: the whole source.",
         json_schema_extra={"position": 0},
     )
-    accept_splitter: bool = Field(
-        default=False,
-        title="Accept another splitter",
-        description="Cut the documents with the installed splitter although the index was made "
-        "with another version; chunks that come out differently are embedded again.",
+    max_usd: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        title="Maximum price",
+        description="Most US dollars that this run may cost at list price; it stops before the "
+        "call that would pass it, and the next run goes on. 0: as the file says.",
         json_schema_extra={"position": 1},
     )
-    retry_quarantined: bool = Field(
-        default=False,
-        title="Retry what is quarantined",
-        description="Send the texts that the provider has refused before once more.",
+    approve_above_usd: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        title="Approval threshold",
+        description="Pause with the plan until a person approves it, if this run would cost more "
+        "US dollars. 0: as the file says.",
         json_schema_extra={"position": 2},
     )
     on_error: Literal["as the file says", "quarantine", "fail_fast", "collect"] = Field(
@@ -40,22 +45,17 @@ class Overrides(BaseModel):
         "out and only report them. fail_fast: end the run.",
         json_schema_extra={"position": 3},
     )
-    max_usd: float = Field(
-        default=0.0,
-        ge=0,
-        allow_inf_nan=False,
-        title="Maximum price",
-        description="Most US dollars that this run may cost at list price; it stops before the "
-        "call that would pass it, and the next run goes on. 0: as the file says.",
+    retry_quarantined: bool = Field(
+        default=False,
+        title="Retry what is quarantined",
+        description="Send the texts that the provider has refused before once more.",
         json_schema_extra={"position": 4},
     )
-    approve_above_usd: float = Field(
-        default=0.0,
-        ge=0,
-        allow_inf_nan=False,
-        title="Approval threshold",
-        description="Pause with the plan until a person approves it, if this run would cost more "
-        "US dollars. 0: as the file says.",
+    accept_splitter: bool = Field(
+        default=False,
+        title="Accept another splitter",
+        description="Cut the documents with the installed splitter although the index was made "
+        "with another version; chunks that come out differently are embedded again.",
         json_schema_extra={"position": 5},
     )
     settings: list[str] = Field(

@@ -201,7 +201,8 @@ def span_text(seconds: float) -> str:
     minutes = round(seconds / 60)
     if minutes < 90:  # noqa: PLR2004
         return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
 def time_text(seconds: Seconds) -> str:

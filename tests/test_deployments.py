@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Hashable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def api(environment: dict[str, str], project: Path) -> Iterator[Api]:
     prefect("--no-prompt", "deploy", "--all", cwd=project, env=environment)
     worker = started_worker(POOL, environment)
 
-    def call(path: str, method: str = "POST", **body: Any) -> Any:
+    def call(path: str, method: str = "POST", /, **body: Any) -> Any:
         request = urllib.request.Request(  # noqa: S310
             f"{environment['PREFECT_API_URL']}/{path}",
             method=method,
@@ -73,7 +74,7 @@ def api(environment: dict[str, str], project: Path) -> Iterator[Api]:
         with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
             return json.load(answer)
 
-    def patient(path: str, method: str = "POST", **body: Any) -> Any:
+    def patient(path: str, method: str = "POST", /, **body: Any) -> Any:
         for _ in range(10):
             try:
                 return call(path, method, **body)
@@ -164,11 +165,11 @@ def test_the_form_of_an_ad_hoc_run_says_what_each_field_means(api: Api) -> None:
     assert schema["properties"]["config"]["description"].startswith("Path of the YAML file")
     assert [field["title"] for field in overrides.values()] == [
         "Narrower source path",
-        "Accept another splitter",
-        "Retry what is quarantined",
-        "Texts that are refused",
         "Maximum price",
         "Approval threshold",
+        "Texts that are refused",
+        "Retry what is quarantined",
+        "Accept another splitter",
         "Further settings",
     ]
     assert all(field["description"] for field in overrides.values())
@@ -289,6 +290,61 @@ def test_a_cancel_in_the_ui_keeps_what_is_paid_for(api: Api, birds: Birds) -> No
     assert ended(api, "reindex/ad-hoc", config=str(birds.config))["state_name"] == "Completed"
     assert birds.runs()[-1]["texts.embedded"] == TEXTS - told["texts.embedded"]
     assert birds.totals("texts_billed_again") == 0
+
+
+def scheduled_run(api: Api, deployment_id: str) -> str | None:
+    """The id of the first run that a schedule of the deployment has started."""
+    found = api(
+        "flow_runs/filter",
+        deployments={"id": {"any_": [deployment_id]}},
+        flow_runs={"state": {"type": {"not_any_": ["SCHEDULED"]}}},
+        sort="START_TIME_ASC",
+    )
+    return next((str(run["id"]) for run in found if run["auto_scheduled"]), None)
+
+
+def test_schedules_fire_and_two_of_one_index_do_not_overlap(
+    api: Api, birds: Birds, environment: dict[str, str]
+) -> None:
+    birds.simulator.change(latency=Latency(base_s=0.3))
+    flow_id = api("flows/name/reindex", "GET")["id"]
+    entry = api("deployments/name/reindex/ad-hoc", "GET")
+    soon = datetime.now(tz=UTC) + timedelta(seconds=15)
+    ids = [
+        api(
+            "deployments/",
+            name=f"birds-{number}",
+            flow_id=flow_id,
+            entrypoint=entry["entrypoint"],
+            path=entry["path"],
+            pull_steps=entry["pull_steps"],
+            work_pool_name=POOL,
+            parameters={
+                "config": str(birds.config),
+                "overrides": {"settings": ["index.max_wait=120", "limits.concurrency=2"]},
+            },
+            enforce_parameter_schema=False,
+            schedules=[
+                {"schedule": {"interval": 60, "anchor_date": soon.isoformat()}, "active": True}
+            ],
+        )["id"]
+        for number in range(2)
+    ]
+    try:
+        runs = [wait_for(lambda id_=id_: scheduled_run(api, id_), seconds=180) for id_ in ids]  # type: ignore[misc]
+        assert [end_of(api, run)["state_name"] for run in runs] == ["Completed"] * 2
+    finally:
+        for id_ in ids:
+            urllib.request.urlopen(  # noqa: S310
+                urllib.request.Request(  # noqa: S310
+                    f"{environment['PREFECT_API_URL']}/deployments/{id_}", method="DELETE"
+                )
+            ).close()
+    # Side by side they would both have published.
+    first, *others = [run["state"] for run in birds.runs()]
+    assert (first, set(others)) == ("completed", {"unchanged"})
+    assert birds.totals("texts_billed_again") == 0
+    assert birds.totals("max_concurrency") <= 2
 
 
 def paused(api: Api, config: Path, *settings: str) -> str:
