@@ -1,0 +1,130 @@
+"""The pages of Prefect's UI, in a real browser: a run is started, approved and read there."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.simulator import Latency
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
+QUIET = ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
+"""Chromium would call home, which not every machine lets it."""
+PATIENCE_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A browser without a window."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the group `browser`")
+    if not CHROMIUM.exists():
+        pytest.skip(f"needs Chromium at {CHROMIUM}, or its path in CHROMIUM")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(
+            executable_path=str(CHROMIUM),
+            args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync", *QUIET],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=["light", "dark"])
+def page(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A fresh page; what it shows at the end is kept as a picture where SCREENSHOTS names."""
+    opened = chromium.new_page(viewport={"width": 1400, "height": 1400}, color_scheme=request.param)
+    opened.set_default_timeout(PATIENCE_MS)
+    yield opened
+    if folder := os.environ.get("SCREENSHOTS"):
+        name = re.sub(r"\W+", "-", request.node.name).strip("-")
+        opened.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+    opened.close()
+
+
+def address(served: Any, ui: str, path: str) -> str:
+    return f"{served.url}{ui}/{path}"
+
+
+@pytest.mark.parametrize("ui", ["", "/v2"])
+@pytest.mark.parametrize("page", ["light"], indirect=True)
+def test_a_newcomer_fills_the_form_and_starts_a_run(
+    served: Any, birds: Any, page: Any, ui: str
+) -> None:
+    birds.simulator.change(latency=Latency())
+    deployment = served("deployments/name/reindex/ad-hoc", "GET")["id"]
+    page.goto(address(served, ui, f"deployments/deployment/{deployment}/run"))
+    for told in (
+        "Path of the YAML file that describes the corpus and its index.",
+        "Look only at this file or folder below source.path",
+        "Most US dollars that this run may cost at list price",
+        "quarantine: leave them out and do not send them again.",
+    ):
+        page.get_by_text(told).wait_for()
+    labels = page.inner_text("body")
+    order = ["Narrower source path", "Maximum price", "Approval threshold", "Further settings"]
+    assert sorted(order, key=labels.index) == order
+    page.locator("textarea").first.fill(str(birds.config))
+    page.get_by_role("button", name="Submit").click()
+    served.wait_for(birds.runs, seconds=180)
+    (told,) = birds.runs()
+    assert (told["state"], told["texts.embedded"]) == ("completed", birds.texts)
+
+
+@pytest.mark.parametrize("page", ["light"], indirect=True)
+@pytest.mark.parametrize(("ui", "decision"), [("", "approve"), ("/v2", "reject")])
+def test_a_paused_run_is_answered_in_a_form(
+    served: Any, birds: Any, page: Any, ui: str, decision: str
+) -> None:
+    birds.simulator.change(latency=Latency())
+    run_id = served.paused(birds.config)
+    page.goto(address(served, ui, f"runs/flow-run/{run_id}"))
+    if ui:
+        page.get_by_role("button", name="Open menu").first.click()
+        page.get_by_role("menuitem", name="Resume").click()
+    else:
+        page.get_by_role("button", name="Resume").first.click()
+    form = page.get_by_role("dialog")
+    form.get_by_text("This run would cost about $0.0000").wait_for()
+    said = form.inner_text()
+    assert f"{birds.texts} texts to embed" in said
+    assert said.index("Decision") < said.index("Maximum price")
+    form.get_by_text("approve: the plan is made anew").wait_for()
+    choose(page, form, decision)
+    form.get_by_role("button", name="Resume" if ui else "Submit").click()
+    ended = served.end_of(run_id)
+    if decision == "approve":
+        assert (ended["state_name"], birds.totals("distinct_texts")) == ("Completed", birds.texts)
+    else:
+        assert (ended["state_name"], birds.arrived) == ("NotApproved", 0)
+
+
+def choose(page: Any, form: Any, decision: str) -> None:
+    """Take one of the decisions that the form's drop-down offers."""
+    form.get_by_role("combobox").or_(form.locator("button[aria-haspopup]")).or_(
+        form.locator(".p-select-button")
+    ).first.click()
+    page.get_by_role("option", name=decision).click()
+
+
+@pytest.mark.parametrize("ui", ["", "/v2"])
+def test_the_report_is_read_in_the_browser(served: Any, birds: Any, page: Any, ui: str) -> None:
+    birds.simulator.change(latency=Latency(base_s=0.05))
+    overrides = {"settings": ["limits.tokens_per_minute=100000"]}
+    served.ended("reindex/ad-hoc", config=str(birds.config), overrides=overrides)
+    page.goto(address(served, ui, "artifacts/key/report-birds"))
+    page.get_by_text(f"generation 1 published, {birds.texts} chunks written").first.wait_for()
+    page.goto(address(served, ui, f"artifacts/artifact/{newest(served, 'report-birds')}"))
+    page.get_by_text(f"generation 1 published, {birds.texts} chunks written").first.wait_for()
+    pictures = page.locator("img[src^='data:image/svg']")
+    pictures.first.wait_for()
+    widths = pictures.evaluate_all("all => all.map(each => each.naturalWidth)")
+    assert len(widths) >= 2
+    assert min(widths) > 100
+
+
+def newest(served: Any, key: str) -> str:
+    return str(served(f"artifacts/{key}/latest", "GET")["id"])
