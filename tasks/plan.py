@@ -100,7 +100,7 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
     return Plan(
         name=config.name,
         source=config.source.path,
-        index=index_name(config),
+        index=config.index.place,
         space=str(survey.identity.space),
         chunks=chunks_of(
             survey,
@@ -178,7 +178,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         needed = "needed" if plan.needs_approval else "not needed"
         rows.append(("approval", f"{needed}, up to {usd_text(plan.approve_above_usd)} is free"))
     if plan.usd_batch_lane is not None:
-        rows.append(("in the Batch lane", f"${plan.usd_batch_lane:.4f}"))
+        rows.append(("in the Batch lane", usd_text(plan.usd_batch_lane)))
     if plan.free_tokens:
         rows.append(("free tokens", f"{plan.free_tokens:,} an account; what is left is unknown"))
     if plan.bound_by:
@@ -198,11 +198,6 @@ def _tokens_text(plan: Plan) -> str:
         return f"{plan.tokens:,} tokens"
     guess = ", a first guess on the high side; bills correct it"
     return f"about {plan.tokens:,} tokens{guess if plan.tokens_margin > GUESS else ''}"
-
-
-def index_name(config: Config) -> str:
-    """Folder and table of the index, as reports and the ledger name it."""
-    return f"{config.index.uri}/{config.index.table}"
 
 
 def chunks_of(survey: Survey, counts: dict[str, int], *, quarantined: int) -> Chunks:
