@@ -18,6 +18,7 @@ from tasks.fill import Filled
 from tasks.fingerprint import Keyed
 from tasks.form import Overrides
 from tasks.journal import RunFolder
+from tasks.keys import KeySet
 from tasks.ledger import Ledger
 from tasks.limiter import LimiterStatistics
 from tasks.notes import OUTCOMES, About, Call, Refused
@@ -152,6 +153,7 @@ def finished_report(
     ok = [call for call in calls if call.status == "ok"]
     tokens = _tokens(calls)
     embedded = embedded_texts(calls)
+    left_out = KeySet(filled.left_out.column("text_hash").combine_chunks())
     skipped = Counter(survey.keyed.notes.skipped)
     if filled.unsettled:
         skipped["changed while it was read"] = filled.unsettled
@@ -175,7 +177,7 @@ def finished_report(
         texts=texts_of(survey, embedded, shared.texts),
         calls=_calls(calls),
         tokens=tokens,
-        cost=cost_of(survey, tokens.billed, shared.tokens),
+        cost=cost_of(survey, tokens.billed, left_out, shared.tokens),
         seconds=Seconds(
             read=survey.keyed.read_s,
             fingerprint=survey.keyed.fingerprint_s,
