@@ -196,12 +196,15 @@ def verify(
 
 @app.command()
 def history(config: ConfigPath, settings: SetOption = []) -> None:  # noqa: B006
-    """List generations and runs with their cost."""
-    from tasks.history import as_lines  # noqa: PLC0415
+    """List generations and runs with their cost, and what each month came to."""
+    from tasks.history import as_lines, totals, totals_lines  # noqa: PLC0415
     from tasks.history import history as runs_of  # noqa: PLC0415
     from tasks.params import load_config  # noqa: PLC0415
 
-    print(as_lines(runs_of(load_config(config, settings))))
+    loaded = load_config(config, settings)
+    print(as_lines(runs_of(loaded)))
+    print()
+    print(totals_lines(totals(loaded)))
 
 
 @app.command()
@@ -258,6 +261,7 @@ def simulate(
     ] = None,
 ) -> None:
     """Serve a copy of the Voyage API on 127.0.0.1, to rehearse limits and failures."""
+    from tasks.budget import usd_text  # noqa: PLC0415
     from tasks.simulator import Simulator, read_rules, read_settings, serve  # noqa: PLC0415
 
     ran: list[Simulator] = []
@@ -273,7 +277,7 @@ def simulate(
     totals = ran[0].ledger.totals()
     print(
         f"{totals['calls']:,} calls ({totals['ok']:,} ok), {totals['billed_tokens']:,} tokens, "
-        f"${totals['usd']:.4f} at list price."
+        f"{usd_text(totals['usd'])} at list price."
     )
 
 

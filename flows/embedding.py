@@ -76,6 +76,7 @@ def embed_all(
         max_wait_s=config.limits.max_wait,
         shared=config.limits.shared,
         max_usd=config.budget.max_usd,
+        index=config.index.place,
     )
     if found.packed.texts:  # a model may take long to load, and a run with nothing new needs none
         found.provider.prepare()

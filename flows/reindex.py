@@ -32,6 +32,7 @@ from tasks.limiter import LimiterStatistics
 from tasks.notes import About
 from tasks.params import Config, TableSource
 from tasks.progress import Progress, listening, tell
+from tasks.providers.opening import open_provider
 from tasks.publish import publish, tidy_published
 from tasks.read.frames import write_frame
 from tasks.recover import Recovered, recover
@@ -134,7 +135,7 @@ def _run(config: str, overrides: Overrides) -> RunReport:
             plan = needed.plan
         # From here on others may hold the index, so all is looked at anew when it is approved.
         clock = Clock(datetime.now(tz=UTC))
-        with _told_if_ended(about_run(settings, folder.run_id, clock), folder, clock):
+        with _told_if_ended(_about(settings, folder, clock), folder, clock):
             settings = approved(plan, settings, folder.run_id)
         return _attempt(settings, overrides, folder)
 
@@ -146,7 +147,7 @@ def _attempt(settings: Config, overrides: Overrides, folder: RunFolder) -> RunRe
         ApprovalNeeded: It would cost more than it may unasked; nothing was done.
     """
     clock = Clock(datetime.now(tz=UTC))
-    about = about_run(settings, folder.run_id, clock)
+    about = _about(settings, folder, clock)
     whole = Whole()
     with ExitStack() as stack:
         stack.enter_context(held(settings.index, folder.run_id))
@@ -171,6 +172,10 @@ def _told_if_ended(about: About, folder: RunFolder, clock: Clock) -> Iterator[No
         with suppress(EmbedOnceError):  # then the next run tells of it
             _close(ended_report(about, folder.calls(), *told(end), clock.total()), folder)
         raise
+
+
+def _about(settings: Config, folder: RunFolder, clock: Clock) -> About:
+    return about_run(settings, open_provider(settings).space, folder.run_id, clock)
 
 
 def _run_id() -> str:

@@ -222,7 +222,7 @@ def _result(
         duplicate=corpus.num_rows - unique,
         unique_texts=unique,
         unchanged_tokens=_tokens(corpus.filter(pa.array(quiet))),
-        duplicate_tokens=_repeated_tokens(corpus.filter(pa.array(~quiet))),
+        duplicate_tokens=repeated_tokens(corpus.filter(pa.array(~quiet))),
         indexed=index.num_rows,
     )
 
@@ -231,6 +231,7 @@ def _tokens(table: pa.Table) -> int:
     return pc.sum(table.column("tokens")).as_py() or 0
 
 
-def _repeated_tokens(table: pa.Table) -> int:
+def repeated_tokens(table: pa.Table) -> int:
+    """Tokens of the rows beyond the first of each text."""
     first = pa.array(first_of_each(table.column("text_hash")))
     return _tokens(table) - _tokens(table.take(first))

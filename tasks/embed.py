@@ -143,9 +143,7 @@ class _Embedding:
 
     def run(self) -> Embedded:
         rows = self._unanswered(self._batch.table.load(BATCH))
-        todo: deque[Part] = deque()
-        if rows.num_rows:
-            todo.append(Part.of(rows, self._cause))
+        todo = deque([Part.of(rows, self._cause)])
         try:
             while todo or self._put_off:
                 part = todo.popleft() if todo else self._let_go_by_others()
@@ -296,6 +294,8 @@ class _Embedding:
                 tokens_billed=billed,
                 usd=billed * self._terms.usd_per_million_tokens / 1e6,
                 request_id=request_id,
+                model=self._provider.space.model_name,
+                index=self._terms.index,
             )
             turn.bill(billed or (turn.tokens if status == "ok" else 0))  # 0 may be charged too
             self._sender.calls[self._batch.number].append(call)

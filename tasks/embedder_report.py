@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from pydantic import BaseModel, ConfigDict
 
+from tasks.budget import usd_text
 from tasks.embeddings import Embeddings
 from tasks.flights import estimated_bytes
 from tasks.limiter import LimiterStatistics
@@ -87,7 +88,7 @@ class EmbedderReport(BaseModel):
             f"({self.success_rate:.1%}), {self.failed_texts:,} failed{failed}\n"
             f"{self.cache_hits:,} from the cache ({self.cache_hit_rate:.1%}), "
             f"{self.api_calls:,} calls, {self.calls_saved:,} calls saved\n"
-            f"{self.tokens_billed:,} tokens billed, ${self.usd:.4f}\n"
+            f"{self.tokens_billed:,} tokens billed, {usd_text(self.usd)}\n"
             f"{self.processing_time_seconds:.1f} s: {self.texts_per_second:,.0f} texts/s, "
             f"{self.tokens_per_second:,.0f} tokens/s, {self.avg_latency_ms:,.0f} ms a call, "
             f"slots busy {self.worker_utilization:.0%}\n"

@@ -62,6 +62,7 @@ class EmbedderRun:
             index="",
             started_at=datetime.now(tz=UTC).isoformat(timespec="milliseconds"),
             concurrency=self._provider.limits.concurrency,
+            model=self._provider.space.model_name,
         )
         self._cancelled = threading.Event()
         self._tally = Tally()

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tasks.budget import usd_text
 from tasks.report import Part
 from tasks.soundness import Fault, Faults
 from tasks.summary import Row
@@ -230,7 +231,7 @@ def verified_rows(verified: Verified) -> list[Row]:
         ("cache entries", f"{verified.cached:,}"),
     ]
     if verified.embedded_again:
-        cost = f" for ${verified.usd:.4f}" if verified.usd else ""
+        cost = f" for {usd_text(verified.usd)}" if verified.usd else ""
         rows.append(("embedded again", f"{verified.embedded_again:,} texts{cost}"))
     if verified.recall is not None:
         rows.append(("recall@10", f"{verified.recall:.3f} of the vector index"))
@@ -244,7 +245,8 @@ def verified_rows(verified: Verified) -> list[Row]:
     rows += [("found", _line(each)) for each in verified.findings]
     pay = verified.to_pay
     if pay.texts:
-        rows.append(("to pay", f"{pay.texts:,} texts, about {pay.tokens:,} tokens, ${pay.usd:.4f}"))
+        price = usd_text(pay.usd)
+        rows.append(("to pay", f"{pay.texts:,} texts, about {pay.tokens:,} tokens, {price}"))
     return [*rows, ("time", f"{verified.seconds:.1f} s")]
 
 

@@ -191,6 +191,7 @@ def _paid(texts: pa.Table, asking: Asking, folder: RunFolder) -> pa.Table:
         max_wait_s=asking.config.limits.max_wait,
         shared=asking.config.limits.shared,
         anew=True,
+        index=asking.config.index.place,
     )
     try:
         sender = sender_of(terms)

@@ -55,15 +55,17 @@ class Ledger:
 
         table = self._open("ledger")
         rows = [] if table is None else table.to_arrow().column("report").to_pylist()
-        frame = pd.json_normalize([json.loads(row) for row in rows])
+        # An earlier version did not say the model.
+        frame = pd.json_normalize([{"model": "", **json.loads(row)} for row in rows])
         return frame.sort_values("started_at", ignore_index=True) if len(frame) else frame
 
     def calls(self) -> "pd.DataFrame":
-        """All provider calls as a frame, in the order they were recorded."""
+        """All provider calls as a frame, in the order they were recorded; columns as in `Call`."""
         table = self._open("calls")
         arrow = CALLS.empty_table() if table is None else table.to_arrow()
-        frame: pd.DataFrame = arrow.to_pandas()
-        return frame
+        # An earlier version kept neither model nor index.
+        frame: pd.DataFrame = arrow.to_pandas().reindex(columns=CALLS.names, fill_value="")
+        return frame.fillna({"model": "", "index": ""})
 
     def _open(self, name: str) -> Table | None:
         return open_table(self._uri, name)

@@ -26,7 +26,6 @@ from tasks.keys import KeySet
 from tasks.lance import durable, in_short, open_table, read_batches, writing
 from tasks.ledger import Ledger
 from tasks.params import Config
-from tasks.plan import index_name
 from tasks.providers import Space
 from tasks.recover import recover
 from tasks.run import record_death
@@ -157,7 +156,7 @@ def _used(config: Config) -> dict[Space, list[pa.Array]]:
     state_uri = config.state.uri
     runs = Ledger(state_uri).runs()
     used: dict[Space, list[pa.Array]] = {}
-    indexes = {index_name(config), *(runs["index"] if len(runs) else ())}
+    indexes = {config.index.place, *(runs["index"] if len(runs) else ())}
     for name in sorted(indexes - {""}):  # an embedder has none
         folder, _, table_name = str(name).rpartition("/")
         if is_local(folder) and not Path(folder).is_dir():

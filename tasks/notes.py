@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+from tasks.errors import BatchTooLarge, ProviderThrottled
+
+OUTCOMES = {"ok": "ok", ProviderThrottled.__name__: "throttled", BatchTooLarge.__name__: "split"}
+"""How a call counts in reports and totals, by its status; by any other it has "failed"."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -25,6 +30,8 @@ class Call:
         tokens_billed: By the provider's word; 0 where it failed.
         usd: tokens_billed at list price.
         request_id: The provider's name for it.
+        model: Provider and model, `voyage/voyage-4`; "" where an earlier version wrote it down.
+        index: Folder and table it was made for; "" where it was for none, or as with `model`.
     """
 
     run_id: str
@@ -41,6 +48,8 @@ class Call:
     tokens_billed: int
     usd: float
     request_id: str
+    model: str = ""
+    index: str = ""
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -73,6 +82,7 @@ class About:
         index: Folder and table.
         started_at: ISO 8601, UTC.
         concurrency: Most calls in flight.
+        model: Provider and model; "" where an earlier version wrote it down.
     """
 
     run_id: str
@@ -80,3 +90,4 @@ class About:
     index: str
     started_at: str
     concurrency: int
+    model: str = ""

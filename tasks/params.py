@@ -215,6 +215,11 @@ class Index(Settings):
         "twice the bytes of the newest one and the cache.",
     )
 
+    @property
+    def place(self) -> str:
+        """Folder and table, as reports and the ledger name the index."""
+        return f"{self.uri}/{self.table}"
+
 
 class State(Settings):
     """Where what was paid for is kept: cache, journal, ledger."""

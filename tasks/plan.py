@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tasks.budget import usd_text
 from tasks.catalog import limits_for
-from tasks.compare import tally
+from tasks.compare import repeated_tokens, tally
 from tasks.errors import SettingsError
 from tasks.form import Overrides
 from tasks.keys import KeySet
@@ -94,24 +94,25 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
         refusal = str(error)
     compared = survey.compared
     changes, deletions = compared.changes.load(CHANGES), compared.deletions.load(DELETIONS)
-    refused = KeySet(survey.looked_up.quarantined).holds(changes.column("text_hash"))
+    refused = KeySet(survey.looked_up.quarantined)
+    left_out = refused.holds(changes.column("text_hash"))
     wait_s, bound_by = limits.wait(packed.calls())
     tier, sooner = _next_tier(survey, wait_s)
     return Plan(
         name=config.name,
         source=config.source.path,
-        index=index_name(config),
+        index=config.index.place,
         space=str(survey.identity.space),
         chunks=chunks_of(
             survey,
-            tally(changes.filter(pa.array(~refused)), deletions),
-            quarantined=int(refused.sum()),
+            tally(changes.filter(pa.array(~left_out)), deletions),
+            quarantined=int(left_out.sum()),
         ),
         texts=texts_of(survey, packed.texts),
         calls=packed.batches,
         tokens=packed.tokens,
         tokens_margin=survey.provider.estimate.margin,
-        cost=cost_of(survey, packed.tokens),
+        cost=cost_of(survey, packed.tokens, refused),
         usd_batch_lane=facts.batch_usd(packed.tokens),
         free_tokens=facts.free_tokens,
         seconds_at_limits=wait_s,
@@ -178,7 +179,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         needed = "needed" if plan.needs_approval else "not needed"
         rows.append(("approval", f"{needed}, up to {usd_text(plan.approve_above_usd)} is free"))
     if plan.usd_batch_lane is not None:
-        rows.append(("in the Batch lane", f"${plan.usd_batch_lane:.4f}"))
+        rows.append(("in the Batch lane", usd_text(plan.usd_batch_lane)))
     if plan.free_tokens:
         rows.append(("free tokens", f"{plan.free_tokens:,} an account; what is left is unknown"))
     if plan.bound_by:
@@ -198,11 +199,6 @@ def _tokens_text(plan: Plan) -> str:
         return f"{plan.tokens:,} tokens"
     guess = ", a first guess on the high side; bills correct it"
     return f"about {plan.tokens:,} tokens{guess if plan.tokens_margin > GUESS else ''}"
-
-
-def index_name(config: Config) -> str:
-    """Folder and table of the index, as reports and the ledger name it."""
-    return f"{config.index.uri}/{config.index.table}"
 
 
 def chunks_of(survey: Survey, counts: dict[str, int], *, quarantined: int) -> Chunks:
@@ -228,12 +224,16 @@ def texts_of(survey: Survey, embedded: int, shared: int = 0) -> Texts:
     )
 
 
-def cost_of(survey: Survey, tokens: int, shared_tokens: int = 0) -> Cost:
-    """List price of `tokens`, and of what need not be embedded, by cause."""
-    usd = survey.facts.usd
+def cost_of(survey: Survey, tokens: int, refused: KeySet, shared_tokens: int = 0) -> Cost:
+    """List price of `tokens`, and of what need not be embedded, by cause.
+
+    Chunks that repeat a text of `refused` save nothing: nobody bills it.
+    """
+    usd, changes = survey.facts.usd, survey.compared.changes.load(CHANGES)
+    unbilled = changes.filter(pa.array(refused.holds(changes.column("text_hash"))))
     saved = Saved(
         unchanged=usd(survey.compared.unchanged_tokens),
-        duplicates=usd(survey.compared.duplicate_tokens),
+        duplicates=usd(survey.compared.duplicate_tokens - repeated_tokens(unbilled)),
         cache=usd(survey.looked_up.cache_tokens + shared_tokens),
     )
     without = usd(tokens) + saved.unchanged + saved.duplicates + saved.cache

@@ -22,6 +22,7 @@ from tasks.keys import KeySet, first_of_each
 from tasks.mending import TAKEN_ROWS, Mending, bad_rows, mended, require_few_leave
 from tasks.notes import About
 from tasks.params import Config
+from tasks.providers.opening import open_provider
 from tasks.publish import Published, publish, tidy_published
 from tasks.quarantine import Quarantine
 from tasks.recover import recover
@@ -52,7 +53,7 @@ def repair(config: Config, sample: int | None = None) -> Verified:
     """
     folder = RunFolder(config.state.uri, f"repair-{uuid4()}")
     clock = Clock(datetime.now(tz=UTC))
-    about = about_run(config, folder.run_id, clock)
+    about = about_run(config, open_provider(config).space, folder.run_id, clock)
     with ExitStack() as stack:
         stack.enter_context(held(config.index, folder.run_id))
         early = state_findings(config, open_index(config.index), ours=True)

@@ -161,7 +161,8 @@ class RunReport(Part):
     Attributes:
         run_id: Id of the Prefect flow run; `-2`, … follows where it was retried.
         name: The config's name.
-        index: Folder and table.
+        index: Folder and table; "" where there is none.
+        model: Provider and model, `voyage/voyage-4`.
         generation: The newest one after the run; 0 where there is none.
         published: "none" where nothing changed, else how it was committed.
         restored: The older generation that a rollback published again; null for other runs.
@@ -185,6 +186,7 @@ class RunReport(Part):
     run_id: str
     name: str
     index: str
+    model: str
     generation: int
     published: str
     state: str

@@ -15,6 +15,7 @@ from tasks.index import (
     committing,
     generations,
     held,
+    identity_of,
     published_index,
     still_held,
     tag_generation,
@@ -64,7 +65,13 @@ def rollback(config: Config, number: int | None = None) -> RunReport:
             table.restore()
             generation = tag_generation(table)
         keep_newest(table, config.index, run_id)
-        ended = ended_report(about_run(config, run_id, clock), [], "completed", "", clock.total())
+        ended = ended_report(
+            about_run(config, identity_of(table).space, run_id, clock),
+            [],
+            "completed",
+            "",
+            clock.total(),
+        )
         report = ended.model_copy(
             update={
                 "generation": generation.number,

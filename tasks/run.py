@@ -14,16 +14,17 @@ import pyarrow as pa
 
 from tasks.claims import Shared
 from tasks.compare import tally
-from tasks.errors import BatchTooLarge, ProviderThrottled
 from tasks.fill import Filled
 from tasks.fingerprint import Keyed
 from tasks.form import Overrides
 from tasks.journal import RunFolder
+from tasks.keys import KeySet
 from tasks.ledger import Ledger
 from tasks.limiter import LimiterStatistics
-from tasks.notes import About, Call, Refused
+from tasks.notes import OUTCOMES, About, Call, Refused
 from tasks.params import Config
-from tasks.plan import chunks_of, cost_of, index_name, texts_of
+from tasks.plan import chunks_of, cost_of, texts_of
+from tasks.providers import Space
 from tasks.publish import Published
 from tasks.quarantine import Quarantine
 from tasks.recover import Recovered
@@ -72,14 +73,15 @@ class Clock:
         return time.perf_counter() - self.started
 
 
-def about_run(config: Config, run_id: str, clock: Clock) -> About:
-    """What the run is, before it has done anything."""
+def about_run(config: Config, space: Space, run_id: str, clock: Clock) -> About:
+    """What the run is, before it has done anything; `space` is that of its vectors."""
     return About(
         run_id=run_id,
         name=config.name,
-        index=index_name(config),
+        index=config.index.place,
         started_at=clock.started_at.isoformat(timespec="milliseconds"),
         concurrency=config.limits.concurrency,
+        model=space.model_name,
     )
 
 
@@ -151,6 +153,7 @@ def finished_report(
     ok = [call for call in calls if call.status == "ok"]
     tokens = _tokens(calls)
     embedded = embedded_texts(calls)
+    left_out = KeySet(filled.left_out.column("text_hash").combine_chunks())
     skipped = Counter(survey.keyed.notes.skipped)
     if filled.unsettled:
         skipped["changed while it was read"] = filled.unsettled
@@ -165,6 +168,7 @@ def finished_report(
         run_id=about.run_id,
         name=about.name,
         index=about.index,
+        model=about.model,
         generation=published.generation,
         published=published.way,
         state=state,
@@ -173,7 +177,7 @@ def finished_report(
         texts=texts_of(survey, embedded, shared.texts),
         calls=_calls(calls),
         tokens=tokens,
-        cost=cost_of(survey, tokens.billed, shared.tokens),
+        cost=cost_of(survey, tokens.billed, left_out, shared.tokens),
         seconds=Seconds(
             read=survey.keyed.read_s,
             fingerprint=survey.keyed.fingerprint_s,
@@ -212,6 +216,7 @@ def ended_report(
         run_id=about.run_id,
         name=about.name,
         index=about.index,
+        model=about.model,
         generation=0,
         published="none",
         state=state,
@@ -237,16 +242,8 @@ def peak_bytes() -> int:
 
 
 def _calls(calls: Sequence[Call]) -> Calls:
-    ended = Counter(call.status for call in calls)
-    ok, throttled = ended["ok"], ended[ProviderThrottled.__name__]
-    split = ended[BatchTooLarge.__name__]
-    return Calls(
-        ok=ok,
-        failed=len(calls) - ok - throttled - split,
-        throttled=throttled,
-        split=split,
-        retried=sum(call.cause == "retry" for call in calls),
-    )
+    ended = Counter(OUTCOMES.get(call.status, "failed") for call in calls)
+    return Calls(**ended, retried=sum(call.cause == "retry" for call in calls))
 
 
 def _tokens(calls: Sequence[Call]) -> Tokens:

@@ -145,6 +145,8 @@ def _embedded(config: Config, provider: Provider, text: str) -> Vectors:
                 tokens_billed=billed,
                 usd=facts.usd(billed),
                 request_id=answer.request_id if answer else "",
+                model=provider.space.model_name,
+                index=config.index.place,
             )
             Ledger(config.state.uri).record_calls([call])
     return np.asarray(vectors[0])

@@ -56,6 +56,7 @@ class Terms:
         shared: Whether the account's limits are shared with other runs.
         max_usd: Most that the run may cost; None: no limit.
         anew: Whether texts are sent although their vectors are known, to verify those.
+        index: Folder and table they are sent for; "" where for none.
     """
 
     provider: Provider
@@ -66,6 +67,7 @@ class Terms:
     shared: bool = False
     max_usd: float | None = None
     anew: bool = False
+    index: str = ""
 
 
 class Sender:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from tasks.budget import usd_text
 from tasks.report import Calls, Chunks, Cost, RunReport, Seconds
 
 Row = tuple[str, str]
@@ -180,7 +181,7 @@ def cost_text(cost: Cost) -> str:
     """Cost and savings in one line."""
     saved = cost.saved_usd
     parts = [
-        f"{cause} ${value:.4f}"
+        f"{cause} {usd_text(value)}"
         for cause, value in (
             ("unchanged", saved.unchanged),
             ("duplicates", saved.duplicates),
@@ -188,8 +189,10 @@ def cost_text(cost: Cost) -> str:
         )
         if value
     ]
-    without = f"; ${cost.usd_without_reuse:.4f} without reuse" if cost.usd_without_reuse else ""
-    return f"${cost.usd:.4f}{without}" + (f" (saved: {', '.join(parts)})" if parts else "")
+    without = (
+        f"; {usd_text(cost.usd_without_reuse)} without reuse" if cost.usd_without_reuse else ""
+    )
+    return f"{usd_text(cost.usd)}{without}" + (f" (saved: {', '.join(parts)})" if parts else "")
 
 
 def span_text(seconds: float) -> str:

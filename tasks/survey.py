@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from tasks.budget import usd_text
 from tasks.cache import Cache
 from tasks.catalog import ModelFacts, facts_for
 from tasks.compare import Compared, Held, compare, tally
@@ -215,8 +216,8 @@ def require_safe(survey: Survey, overrides: Overrides) -> None:
             f"The index {config.index.table!r} was cut by splitter {theirs}, this config cuts by "
             f"{ours}. Going on would embed "
             f"{survey.packed.texts:,} texts ({survey.packed.tokens:,} tokens, "
-            f"${survey.facts.usd(survey.packed.tokens):.2f}). Run with --accept-splitter to do "
-            "so, or go back to the former source or splitter."
+            f"{usd_text(survey.facts.usd(survey.packed.tokens))}). Run with --accept-splitter to "
+            "do so, or go back to the former source or splitter."
         )
 
 

@@ -44,7 +44,6 @@ from tasks.journal import RunFolder, fold, unfolded_hashes, unreadable
 from tasks.judge import FREE_SAMPLE, Asking, judge
 from tasks.keys import KeySet, digest_column, document_key, first_of_each, identified
 from tasks.params import Config, Index
-from tasks.plan import index_name
 from tasks.providers import Space
 from tasks.providers.opening import open_embedder, open_provider
 from tasks.quarantine import Quarantine
@@ -177,11 +176,11 @@ def paying(config: Config, sample: int | None) -> Iterator[RunFolder | None]:
     if not is_paid(config, sample):
         yield None
         return
-    folder = RunFolder(config.state.uri, f"verify-{uuid4()}")
-    with folder.alive(about_run(config, folder.run_id, Clock(datetime.now(tz=UTC)))):
+    folder, space = RunFolder(config.state.uri, f"verify-{uuid4()}"), open_provider(config).space
+    with folder.alive(about_run(config, space, folder.run_id, Clock(datetime.now(tz=UTC)))):
         try:
             yield folder
-            fold(folder, Cache(config.state.uri, open_provider(config).space))
+            fold(folder, Cache(config.state.uri, space))
         finally:
             record_notes(folder, folder.calls())
             folder.forget_notes()
@@ -242,7 +241,7 @@ def verified_of(seen: Look, usd: float, seconds: float) -> Verified:
     return Verified(
         name=config.name,
         source=config.source.path,
-        index=index_name(config),
+        index=config.index.place,
         space=str(seen.entries.cache.space),
         generation=known[-1].number if known else 0,
         rows=table.count_rows() if table is not None else 0,

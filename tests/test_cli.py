@@ -139,6 +139,10 @@ def test_history_lists_the_run(home: Path) -> None:
     listed = embed_once("history", "birds.yaml", cwd=home)
     assert listed.returncode == 0, listed.stderr
     assert re.search(r"^ +1  now +20\S+ +completed +3 +3 ", listed.stdout, re.MULTILINE)
+    _, sums = listed.stdout.split("\n\n")
+    assert "totals of this state" in sums
+    total = rf"20\d\d-\d\d  lexical/lexical +1 .* {re.escape(str(home))}/\S+\n$"
+    assert re.search(total, sums), sums
 
 
 def test_plan_shows_absolute_paths_and_leaves_no_trace(home: Path) -> None:
@@ -268,7 +272,7 @@ def test_a_refused_text_is_exit_code_3_until_it_is_taken(
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=20)[0]
     assert re.search(
-        r"^7 calls \(4 ok\), [\d,]+ tokens, \$0\.0000 at list price\.$", said, re.MULTILINE
+        r"^7 calls \(4 ok\), [\d,]+ tokens, \$0\.0000\d+ at list price\.$", said, re.MULTILINE
     )
     patched.delenv("VOYAGE_API_KEY")
 

@@ -1,11 +1,22 @@
 """The ledger: what was done and what it cost, each thing once."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from tasks.ledger import Ledger
-from tasks.notes import Call
+import lancedb
+import pandas as pd
+import pytest
+
+from tasks.history import SHOWN, as_lines, history, totals, totals_lines
+from tasks.journal import RunFolder
+from tasks.ledger import CALLS, Ledger
+from tasks.notes import About, Call
+from tasks.recover import recover
+from tasks.report import Cost, Saved, ledger_row
+from tasks.run import ended_report, record_death
 
 
 def test_an_empty_ledger_gives_empty_frames(tmp_path: Path) -> None:
@@ -30,3 +41,137 @@ def test_a_call_that_is_recorded_twice_counts_once(
 def test_recording_no_calls_leaves_no_trace(tmp_path: Path) -> None:
     Ledger(str(tmp_path)).record_calls([])
     assert list(tmp_path.iterdir()) == []
+
+
+def before(value: Call | About) -> dict[str, Any]:
+    """As the version before wrote it, which knew neither a call's index nor any model."""
+    kept = dataclasses.asdict(value)
+    for name in ("model",) if isinstance(value, About) else ("model", "index"):
+        del kept[name]
+    return kept
+
+
+def test_a_ledger_of_an_earlier_version_is_read_and_written_on(
+    library: Any, call_of: Callable[..., Call]
+) -> None:
+    uri = library.config.state.uri
+    old = call_of(run_id="old")
+    earlier = CALLS.remove(CALLS.get_field_index("model"))
+    earlier = earlier.remove(earlier.get_field_index("index"))
+    lancedb.connect(uri).create_table("calls", [before(old)], schema=earlier)
+    about = About("old", "docs", "here/docs", "2026-01-01T00:00:00+00:00", 8, "voyage/voyage-4")
+    row = ledger_row(saving(about, duplicates=0.5))
+    report = json.loads(row["report"])
+    del report["model"]
+    Ledger(uri).record_run({**row, "report": json.dumps(report)})
+
+    assert Ledger(uri).calls()[["model", "index"]].to_numpy().tolist() == [["", ""]]
+    assert Ledger(uri).runs()["model"].tolist() == [""]
+    new = dataclasses.replace(old, run_id="new", model="voyage/voyage-4", index="here/docs")
+    Ledger(uri).record_calls([old, new])
+    assert [Call(*row) for row in Ledger(uri).calls().itertuples(index=False, name=None)] == [
+        old,
+        new,
+    ]
+    found = totals(library.config)
+    assert found["calls"].tolist() == [1, 0, 1]
+    assert found["saved_usd.duplicates"].tolist() == [0, 0.5, 0]
+    assert "unknown" in totals_lines(found)
+
+
+def test_what_died_under_an_earlier_version_is_taken_up(
+    tmp_path: Path, call_of: Callable[..., Call]
+) -> None:
+    folder = RunFolder(str(tmp_path), "dead")
+    about = About("dead", "docs", "here/docs", "2026-01-01T00:00:00+00:00", 8)
+    folder.files.write("runs/dead/run.json", json.dumps(before(about)).encode())
+    call = call_of(run_id="dead", status="ProviderBusy")
+    folder.files.write("runs/dead/calls/1.json", json.dumps([before(call)]).encode())
+    assert recover(str(tmp_path), record_death).set_aside == ()
+    (run,) = Ledger(str(tmp_path)).runs().to_dict("records")
+    assert (run["state"], run["model"], run["index"]) == ("died", "", "here/docs")
+    (row,) = Ledger(str(tmp_path)).calls().itertuples(index=False, name=None)
+    assert Call(*row) == call
+
+
+def saving(about: About, **saved: float) -> Any:
+    """The report of a run that saved so much, in US dollars by cause."""
+    cost = Cost(saved_usd=Saved(**saved))
+    return ended_report(about, [], "completed", "").model_copy(update={"cost": cost})
+
+
+def test_totals_are_by_month_model_and_index(library: Any, call_of: Callable[..., Call]) -> None:
+    assert len(totals(library.config)) == 0
+    assert "Nothing" in totals_lines(totals(library.config))
+
+    def call(number: int, month: int, index: str, status: str = "ok", cause: str = "first") -> Call:
+        return dataclasses.replace(
+            call_of(batch=number, status=status),
+            cause=cause,
+            started_at=f"2026-{month:02}-28T23:59:59.9+00:00",
+            waited=0.25,
+            texts=number,
+            tokens_billed=0 if status != "ok" else 10 * number,
+            tokens_estimated=11 * number,
+            usd=0.0 if status != "ok" else 1e-6 * number,
+            model="voyage/voyage-4",
+            index=index,
+        )
+
+    ledger = Ledger(library.config.state.uri)
+    ledger.record_calls(
+        [
+            call(1, 1, "here/docs"),
+            call(2, 1, "here/docs", "ProviderThrottled"),
+            call(3, 1, "here/docs", "BatchTooLarge", "wait"),
+            call(4, 1, "here/docs", "ProviderBusy", "split"),
+            call(5, 1, "here/docs", "unforeseen", "retry"),
+            call(6, 1, "here/docs", "ok", "retry"),
+            call(7, 2, "here/docs"),
+            call(8, 2, ""),
+        ]
+    )
+    for number, (month, saved) in enumerate([(1, 0.5), (2, 0.25), (2, 0.125), (3, 2.0), (4, 0.0)]):
+        started = f"2026-{month:02}-01T00:00:00.000+00:00"
+        about = About(str(number), "docs", "here/docs", started, 8, "voyage/voyage-4")
+        row = saving(about, unchanged=saved, duplicates=2 * saved, cache=4 * saved)
+        ledger.record_run(ledger_row(row))
+    found = totals(library.config)
+    where = [
+        ("2026-01", "voyage/voyage-4", "here/docs"),
+        ("2026-02", "voyage/voyage-4", ""),
+        ("2026-02", "voyage/voyage-4", "here/docs"),
+        ("2026-03", "voyage/voyage-4", "here/docs"),
+    ]
+    assert list(found[["month", "model", "index"]].itertuples(index=False, name=None)) == where
+    counts = found.drop(columns=["month", "model", "index"])
+    # calls, ok, failed, throttled, split, retried, texts, estimated, billed, usd, waited, saved
+    assert counts.to_numpy().tolist() == [
+        pytest.approx([6, 2, 2, 1, 1, 2, 7, 77, 70, 7e-6, 1.5, 0.5, 1, 2]),
+        pytest.approx([1, 1, 0, 0, 0, 0, 8, 88, 80, 8e-6, 0.25, 0, 0, 0]),
+        pytest.approx([1, 1, 0, 0, 0, 0, 7, 77, 70, 7e-6, 0.25, 0.375, 0.75, 1.5]),
+        pytest.approx([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 4, 8]),
+    ]
+    assert {str(counts[name].dtype) for name in list(counts)[:9]} == {"int64"}
+    shown = totals_lines(found).splitlines()
+    sums = "2026-01 voyage/voyage-4 6 2 1 1 2 7 77 70 $0.0000070 1.5 s"
+    assert " ".join(shown[2].split()) == f"{sums} $0.5000 $1.0000 $2.0000 here/docs"
+    assert shown[3].endswith("  -")
+
+
+def test_the_history_shows_the_newest_runs_and_says_how_many_it_leaves_out(library: Any) -> None:
+    ledger = Ledger(library.config.state.uri)
+    for number in range(SHOWN + 2):
+        started = f"2026-01-{number + 1:02}T00:00:00.000+00:00"
+        about = About(f"run-{number}", "t", library.config.index.place, started, 8)
+        report = ended_report(about, [], "failed", "").model_copy(update={"cost": Cost(usd=2e-5)})
+        ledger.record_run(ledger_row(report))
+        frame = history(library.config)
+        assert ("not shown" in as_lines(frame)) == (number >= SHOWN)
+    assert isinstance(frame, pd.DataFrame)
+    assert len(frame) == SHOWN + 2
+    first, _, oldest, *_, newest = as_lines(frame).splitlines()
+    assert first.startswith("2 older runs are not shown")
+    assert oldest.endswith("run-2")
+    assert newest.endswith(f"run-{SHOWN + 1}")
+    assert " $0.000020 " in newest

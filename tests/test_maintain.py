@@ -184,7 +184,7 @@ def test_runs_that_died_are_told_of_and_their_answers_kept(
 ) -> None:
     library.reindex({"a": "one"})
     folder = RunFolder(library.config.state.uri, "dead")
-    about = about_run(library.config, "dead", Clock(datetime.now(tz=UTC)))
+    about = about_run(library.config, lexical.space, "dead", Clock(datetime.now(tz=UTC)))
 
     def die() -> None:
         answer = hash_column([text_hash("two")]), lexical.embed(["two"]).vectors

@@ -20,6 +20,7 @@ from tasks.history import as_lines, history
 from tasks.index import adopt, generations, held, open_index
 from tasks.ledger import Ledger
 from tasks.maintain import maintain
+from tasks.providers.lexical import Lexical
 from tasks.report import ledger_row
 from tasks.rollback import rollback
 from tasks.run import Clock, about_run, ended_report
@@ -136,9 +137,9 @@ def test_the_history_tells_rollbacks_and_what_readers_see(library: Any) -> None:
 
 @pytest.mark.parametrize("state", ["failed", "died", "cancelled"])
 def test_the_history_counts_no_chunks_of_a_run_that_published_nothing(
-    library: Any, state: str
+    library: Any, lexical: Lexical, state: str
 ) -> None:
-    about = about_run(library.config, "early", Clock(datetime.now(tz=UTC)))
+    about = about_run(library.config, lexical.space, "early", Clock(datetime.now(tz=UTC)))
     ended = ended_report(about, [], state, "")
     Ledger(library.config.state.uri).record_run(ledger_row(ended))
     line = as_lines(history(library.config)).splitlines()[1]

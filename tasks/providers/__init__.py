@@ -60,8 +60,13 @@ class Space:
         """The space that `to_json` wrote."""
         return cls(**json.loads(text))
 
+    @property
+    def model_name(self) -> str:
+        """Provider and model, as reports and the ledger name them: `voyage/voyage-4`."""
+        return f"{self.provider}/{self.model}"
+
     def __str__(self) -> str:
-        return f"{self.provider}/{self.model}, {self.dimension} {self.dtype}"
+        return f"{self.model_name}, {self.dimension} {self.dtype}"
 
 
 @dataclass(frozen=True)
