@@ -23,16 +23,17 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import Cancelling
+from prefect.states import Cancelled, Cancelling
 from prefect.workers.process import ProcessWorker
 
 from flows import tethered
 from tasks.errors import SettingsError
 
 POOL = "embed-once"
-CANCEL_S = 45.0
-"""So long its runs may take to end; Prefect gives each 30 s before it kills it."""
-STOP_S = 80.0
+CANCEL_S = 60.0
+"""So long its runs may take to end; Prefect gives each 30 s before it kills it, and on a busy
+machine takes long to note that it has ended."""
+STOP_S = 120.0
 """So long it may take to end altogether."""
 LOOK_S = 0.5
 GOING_ON = [StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
@@ -73,12 +74,16 @@ async def work(name: str) -> None:
     working = asyncio.create_task(ProcessWorker(work_pool_name=POOL, name=name).start())
     waiting = asyncio.create_task(released.wait())
     await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    if released.is_set():
-        with contextlib.suppress(HTTPError, PrefectException):  # the server may be gone
-            await cancel_runs(name)
-        working.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
+    if not released.is_set():
         await working
+        return
+    with contextlib.suppress(HTTPError, PrefectException):  # the server may be gone
+        await cancel_runs(name)
+    working.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await working  # it kills what still runs
+    with contextlib.suppress(HTTPError, PrefectException):
+        await note_cancelled(name)
 
 
 async def cancel_runs(name: str) -> None:
@@ -91,6 +96,13 @@ async def cancel_runs(name: str) -> None:
                     await client.set_flow_run_state(run.id, Cancelling())
                     asked.add(run.id)
             await asyncio.sleep(LOOK_S)
+
+
+async def note_cancelled(name: str) -> None:
+    """Say of the runs of the worker `name`, which is gone, that they were cancelled."""
+    async with get_client() as client:
+        for run in await _runs_of(name, client):
+            await client.set_flow_run_state(run.id, Cancelled(), force=True)
 
 
 async def _runs_of(name: str, client: PrefectClient) -> list[FlowRun]:

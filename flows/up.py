@@ -182,9 +182,10 @@ def _free(port: int) -> socket.socket:
     try:
         return socket.create_server((HOST, port))
     except OSError as error:
+        why = os.strerror(error.errno or 0)  # Python adds the address to its own words
         raise SettingsError(
-            f"Port {port} of {HOST} cannot be used ({error.strerror}), and no Prefect server "
-            "answers there. Name another one with --port."
+            f"Port {port} of {HOST} cannot be used ({why}), and no Prefect server answers there. "
+            "Name another one with --port."
         ) from None
 
 
