@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.temporary_server import have_server
+from flows.prefect_server import have_server
 from flows.terminal import CANCELLED, SIGNALS_HERE, bar_on, prefect_log
 from tasks.errors import UNFORESEEN, EmbedOnceError, SettingsError
 
@@ -279,6 +279,23 @@ def simulate(
         f"{totals['calls']:,} calls ({totals['ok']:,} ok), {totals['billed_tokens']:,} tokens, "
         f"{usd_text(totals['usd'])} at list price."
     )
+
+
+@app.command()
+def up(
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65535,
+            help="Of the server on 127.0.0.1; default: that of PREFECT_API_URL, else 4200.",
+        ),
+    ] = None,
+) -> None:
+    """Serve Prefect's UI, the deployments of prefect.yaml and a worker, until Ctrl-C."""
+    from flows.up import project, up  # noqa: PLC0415
+
+    up(project(), port)
 
 
 @app.command()

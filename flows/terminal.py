@@ -65,6 +65,17 @@ SIGNALS_HERE = Signals()
 """Those of this process."""
 
 
+def new_log(folder: Path, name: str) -> Path:
+    """The path of a new log in `folder`; old ones are deleted there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageFailed(f"{folder} cannot be made for the logs: {error.strerror}.") from None
+    for old in sorted(folder.glob("*.log"))[: -LOGS_KEPT + 1]:
+        old.unlink(missing_ok=True)
+    return folder / f"{datetime.now(tz=UTC):%Y%m%dT%H%M%S}-{name}-{os.getpid()}.log"
+
+
 @contextlib.contextmanager
 def prefect_log(folder: Path, name: str) -> Iterator[int]:
     """Send what Prefect, its temporary server and other libraries print to a file.
@@ -76,13 +87,7 @@ def prefect_log(folder: Path, name: str) -> Iterator[int]:
         A descriptor of the real stderr.
     """
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageFailed(f"{folder} cannot be made for the logs: {error.strerror}.") from None
-    for old in sorted(folder.glob("*.log"))[: -LOGS_KEPT + 1]:
-        old.unlink(missing_ok=True)
-    log = folder / f"{datetime.now(tz=UTC):%Y%m%dT%H%M%S}-{name}-{os.getpid()}.log"
+    log = new_log(folder, name)
     sys.stdout.flush()
     sys.stderr.flush()
     real_out, real_err = os.dup(1), os.dup(2)

@@ -409,6 +409,6 @@ def servers_of(pid: int) -> list[int]:
             command = (folder / "cmdline").read_bytes()
         except OSError:
             continue  # it has just ended
-        if parent == pid and (b"temporary_server" in command or b"uvicorn" in command):
+        if parent == pid and (b"prefect_server" in command or b"uvicorn" in command):
             found.append(int(folder.name))
     return found

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
-SERVES = ("server start", "worker start", "embed-once simulate")
+SERVES = ("embed-once up", "embed-once simulate")
 """Commands that do not end by themselves."""
 
 
@@ -113,7 +113,7 @@ def test_the_table_of_commands_shows_commands_that_exist(shell: Shell) -> None:
     names = {name for _, name in listed}
     assert names == {
         *("reindex", "plan", "search", "history", "verify", "maintain", "rollback"),
-        *("smoke", "simulate"),
+        *("smoke", "simulate", "up"),
     }
     # A second generation, so that there is one to go back to.
     (shell.folder / "more.md").write_text("More to be found.\n", encoding="utf-8")

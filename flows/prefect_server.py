@@ -1,0 +1,122 @@
+"""A Prefect server of our own: a temporary one for a command, or a lasting one for `up`.
+
+Prefect would start a temporary one where none is named in PREFECT_API_URL. That one gets the
+Ctrl-C of our terminal, so that a run could not tell it how it ended, and stays behind after a
+`kill -9`. This one is on a tether.
+"""
+
+import atexit
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from typing import IO
+
+from flows import tethered
+from tasks.errors import EmbedOnceError
+
+HOST = "127.0.0.1"
+START_S = 120.0
+"""So long it may take to start, on a slow machine."""
+STOP_S = 5.0
+"""So long it may take to end."""
+LOOK_S = 0.2
+
+
+def have_server() -> None:
+    """See that Prefect has a server in this process: the one it is told of, or a temporary one.
+
+    Raises:
+        EmbedOnceError: The temporary one does not start.
+    """
+    from prefect.settings import get_current_settings  # noqa: PLC0415
+
+    settings = get_current_settings()
+    if settings.api.url or not settings.server.ephemeral.enabled:
+        return
+    listening = socket.create_server((HOST, 0))
+    url = address(listening.getsockname()[1])
+    process = start_server(listening, "temporary")
+    atexit.register(tethered.release, process, STOP_S)
+    if not comes_up(process, url):
+        raise EmbedOnceError(
+            "The temporary Prefect server did not start. Name one that runs in "
+            "PREFECT_API_URL, or see the log under logs/ in state.uri."
+        )
+    use_server(url)
+
+
+def address(port: int) -> str:
+    """The address of the API of a server of our own."""
+    return f"http://{HOST}:{port}/api"
+
+
+def use_server(url: str) -> None:
+    """Have Prefect in this process, and in those it starts, use the server at `url`."""
+    from prefect.context import refresh_global_settings_context  # noqa: PLC0415
+
+    os.environ["PREFECT_API_URL"] = url
+    refresh_global_settings_context()
+
+
+def start_server(
+    listening: socket.socket, kind: str, output: IO[bytes] | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start a server that serves at a socket of ours, which is closed here.
+
+    Args:
+        listening: A socket that listens.
+        kind: `temporary`, or `lasting`: with schedules and UI.
+        output: Where stdout and stderr of it go; None: where ours go.
+    """
+    with listening:
+        number = listening.fileno()
+        return tethered.start(
+            "flows.prefect_server", str(number), kind, passed=[number], output=output
+        )
+
+
+def comes_up(process: "subprocess.Popen[bytes]", url: str) -> bool:
+    """Wait until the server answers at `url`; False where it ends or takes too long."""
+    deadline = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        if answers(url, within_s=START_S):
+            return True
+        time.sleep(LOOK_S)
+    return False
+
+
+def answers(url: str, within_s: float) -> bool:
+    """Whether a Prefect server answers at `url`."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=within_s) as answer:  # noqa: S310
+            return bool(answer.read() == b"true")
+    except (OSError, ValueError):
+        return False
+
+
+def main() -> None:
+    """Serve at the socket of the first argument until released."""
+    listening, temporary = socket.socket(fileno=int(sys.argv[1])), sys.argv[2] == "temporary"
+    if temporary:
+        os.environ["PREFECT_UI_ENABLED"] = "0"
+    # What comes before uvicorn has started waits in the socket's queue.
+    import uvicorn  # noqa: PLC0415
+    from prefect.server.api.server import create_app  # noqa: PLC0415
+
+    app = create_app(ephemeral=temporary, final=True)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+
+    def end() -> None:
+        server.should_exit = True
+
+    tethered.on_release(end, within_s=STOP_S)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    main()
