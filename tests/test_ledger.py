@@ -157,8 +157,8 @@ def test_totals_are_by_month_model_and_index(library: Any, call_of: Callable[...
     shown = " ".join(" ".join(lines[3:]).split())
     assert shown.startswith(
         "2026-01 voyage/voyage-4 7 6 70 $0.0000070 here/docs "
-        "calls: 2 failed, 1 throttled, 1 split, 2 retried; tokens estimated: 77; calls waited 1.5 s in all; "
-        "saved: unchanged $0.5000, duplicates $1.0000, cache $2.0000 "
+        "calls: 2 failed, 1 throttled, 1 split, 2 retried; tokens estimated: 77; "
+        "calls waited 1.5 s in all; saved: unchanged $0.5000, duplicates $1.0000, cache $2.0000 "
         "2026-02 voyage/voyage-4 8 1 80 $0.0000080 - tokens estimated: 88 "
     )
     assert " all 22 8 220 $0.000022 calls: 2 failed," in shown
