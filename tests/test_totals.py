@@ -162,6 +162,7 @@ def test_the_ledger_is_the_bill_whatever_failed(household: Household) -> None:
     calls = household.ledger.calls()
     assert {*calls["cause"]} >= {"first", "retry", "wait", "split", "isolate", "query", "verify"}
     index = str(household.folder / "index")
+    assert {*calls[calls["cause"] == "query"]["index"]} == {f"{index}/birds"}
     where = summed.set_index(["model", "index"])
     assert set(where.index) == {
         ("voyage/voyage-4", f"{index}/birds"),
