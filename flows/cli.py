@@ -195,16 +195,20 @@ def verify(
 
 
 @app.command()
-def history(config: ConfigPath, settings: SetOption = []) -> None:  # noqa: B006
+def history(
+    config: ConfigPath,
+    settings: SetOption = [],  # noqa: B006
+    everything: Annotated[bool, typer.Option("--all", help="Older ones too.")] = False,
+) -> None:
     """List generations and runs with their cost, and what each month came to."""
-    from tasks.history import as_lines, totals, totals_lines  # noqa: PLC0415
+    from tasks.history import SHOWN, as_lines, totals, totals_lines  # noqa: PLC0415
     from tasks.history import history as runs_of  # noqa: PLC0415
     from tasks.params import load_config  # noqa: PLC0415
 
-    loaded = load_config(config, settings)
-    print(as_lines(runs_of(loaded)))
+    loaded, last = load_config(config, settings), None if everything else SHOWN
+    print(as_lines(runs_of(loaded), last))
     print()
-    print(totals_lines(totals(loaded)))
+    print(totals_lines(totals(loaded), last))
 
 
 @app.command()

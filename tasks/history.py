@@ -1,6 +1,7 @@
 """History: the generations of an index, the runs behind them and what they cost, as frames."""
 
-from collections.abc import Hashable, Mapping
+import textwrap
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tasks.budget import usd_text
@@ -8,14 +9,20 @@ from tasks.index import generations, open_index
 from tasks.ledger import Ledger
 from tasks.notes import OUTCOMES
 from tasks.params import Config, Engine
-from tasks.summary import span_text
+from tasks.report import Calls
+from tasks.summary import calls_text, span_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
 STRAY = "no record"
 SHOWN = 30
-"""Runs that people are shown; the frame has all."""
+"""Runs, and rows of totals, that people are shown unless they ask for all."""
+WIDTH = 110
+"""Columns of a terminal that the lines below a run are wrapped to."""
+WAIT_SHOWN_S = 1.0
+"""Waits from here on are worth a word."""
+CHUNK_COUNTS = ("total", "added", "changed", "moved", "deleted")
 GROUPS = ["month", "model", "index"]
 COUNTS = (
     *("calls", "ok", "failed", "throttled", "split", "retried"),
@@ -126,69 +133,119 @@ def totals(config: Engine) -> "pd.DataFrame":
     return sums.astype({**dict.fromkeys(COUNTS, "int64"), **dict.fromkeys(columns[-5:], float)})
 
 
-def as_lines(frame: "pd.DataFrame") -> str:
-    """History for people: one line a run, the newest last, and how many older ones there are."""
+def as_lines(frame: "pd.DataFrame", last: int | None = SHOWN) -> str:
+    """History for people: the `last` runs, the newest at the end; None: all of them."""
     if not len(frame):
         return "No runs yet."
-    older = len(frame) - SHOWN
-    frame = frame.tail(SHOWN)
-    head = f"{'generation':>10}  {'readers':<7}  {'started':<25}  {'what':<14}  {'rows':>9} "
-    head += f"{'added':>7} {'changed':>7} {'moved':>7} {'deleted':>7} {'embedded':>8} "
-    head += f"{'tokens':>9} {'usd':>9}  run"
-    lines = [head]
-    if older > 0:
-        runs = "run is" if older == 1 else "runs are"
-        lines.insert(
-            0, f"{older:,} older {runs} not shown; `tasks.history.history` gives all in Python."
-        )
-    for row in frame.to_dict("records"):
+    head = ["generation", "readers", "started (UTC)", "what", "rows", "added", "changed", "moved"]
+    table: list[tuple[list[str], list[str]]] = [([*head, "deleted", "tokens", "usd"], [])]
+    models = {model for model in frame.get("model", ()) if isinstance(model, str)} - {""}
+    older = 0 if last is None else max(0, len(frame) - last)
+    for row in frame.iloc[older:].to_dict("records"):
         told = row["state"] not in {"failed", "died", "cancelled", "over budget", "not approved"}
-        counts = [
-            f"{_count(row.get(f'chunks.{name}')) if told else '-':>{width}}"
-            for name, width in (
-                ("total", 9),
-                ("added", 7),
-                ("changed", 7),
-                ("moved", 7),
-                ("deleted", 7),
-            )
+        cells = [
+            str(row["generation"]) if row["published"] != "none" else "-",
+            row["readers"],
+            row["started_at"][:16],
+            _what(row),
+            *[_count(row.get(f"chunks.{name}")) if told else "-" for name in CHUNK_COUNTS],
+            _count(row.get("tokens.billed")),
+            _usd(row.get("cost.usd")),
         ]
-        generation = row["generation"] if row["published"] != "none" else "-"
-        lines.append(
-            f"{generation:>10}  {row['readers']:<7}  {row['started_at']:<25}  {_what(row):<14}  "
-            f"{' '.join(counts)} {_count(row.get('texts.embedded')):>8} "
-            f"{_count(row.get('tokens.billed')):>9} {_usd(row.get('cost.usd')):>9}  "
-            f"{row.get('run_id') if isinstance(row.get('run_id'), str) else '-'}"
-        )
-    return "\n".join(lines)
+        table.append((cells, _run_details(row, several_models=len(models) > 1)))
+    return "\n".join([*_older(older, "runs"), *_aligned(table, to_left={1, 2, 3})])
 
 
-def totals_lines(frame: "pd.DataFrame") -> str:
-    """Totals for people: a table, the index last."""
+def totals_lines(frame: "pd.DataFrame", last: int | None = SHOWN) -> str:
+    """Totals for people: the `last` rows and the sum of all; None: all of them."""
     if not len(frame):
         return "Nothing was sent or saved yet."
-    head = ["month", "model", "calls", "failed", "throttled", "split", "retried", "texts"]
-    head += ["estimated", "billed", "usd", "waited", "unchanged", "duplicates", "cache", "index"]
-    rows = [
+    sums: dict[Hashable, Any] = dict(frame.drop(columns=GROUPS).sum())
+    older = 0 if last is None else max(0, len(frame) - last)
+    table = [(["month", "model", "texts", "calls", "tokens", "usd", "index"], list[str]())]
+    for row in [*frame.iloc[older:].to_dict("records"), {**sums, "month": "all"}]:
+        counts = [_count(row[name]) for name in ("texts", "calls", "tokens_billed")]
+        sum_of_all = row["month"] == "all"
+        model, index = ("", "") if sum_of_all else (row["model"] or "unknown", row["index"] or "-")
+        cells = [row["month"], model, *counts, usd_text(row["usd"]), index]
+        table.append((cells, _total_details(row)))
+    return "\n".join(
         [
-            row["month"],
-            row["model"] or "unknown",
-            *[f"{row[name]:,}" for name in COUNTS if name != "ok"],
-            usd_text(row["usd"]),
-            span_text(row["waited_seconds"]) if row["waited_seconds"] else "-",
-            *[usd_text(row[name]) for name in SAVINGS],
-            row["index"] or "-",
+            "Totals of this state by month (UTC), model and index. What was saved is counted anew",
+            "by each run: against embedding every chunk of its corpus.",
+            *_older(older, "rows"),
+            *_aligned(table, to_left={0, 1, 6}),
         ]
-        for row in frame.to_dict("records")
+    )
+
+
+def _run_details(row: Mapping[Hashable, Any], *, several_models: bool) -> list[str]:
+    """What stands below the line of a run."""
+    if not isinstance(row.get("run_id"), str):
+        return []
+    details = [f"run {row['run_id']}"]
+    if several_models:
+        details.append(row["model"] or "unknown model")
+    calls = Calls(**{name: int(row[f"calls.{name}"]) for name in Calls.model_fields})
+    if calls != Calls():
+        details.append(
+            f"texts embedded: {_count(row['texts.embedded'])}, calls: {calls_text(calls)}"
+        )
+    waits = {
+        str(name).removeprefix("waited_seconds."): seconds
+        for name, seconds in row.items()
+        if str(name).startswith("waited_seconds.") and seconds >= WAIT_SHOWN_S
+    }
+    if waits:
+        longest = sorted(waits.items(), key=lambda item: -item[1])
+        told = (f"{cause} {span_text(seconds)}" for cause, seconds in longest)
+        details.append(f"waited for: {', '.join(told)}")
+    return details + _saved({name: row[f"cost.{name}"] for name in SAVINGS})
+
+
+def _total_details(row: Mapping[Hashable, Any]) -> list[str]:
+    """What stands below the line of a total."""
+    named = {name: row[name] for name in ("failed", "throttled", "split", "retried")}
+    ended = ", ".join(f"{_count(count)} {name}" for name, count in named.items() if count)
+    details = [f"calls: {ended}"] if ended else []
+    if row["tokens_estimated"] != row["tokens_billed"]:
+        details.append(f"tokens estimated: {_count(row['tokens_estimated'])}")
+    if row["waited_seconds"] >= WAIT_SHOWN_S:
+        details.append(f"calls waited {span_text(row['waited_seconds'])} in all")
+    return details + _saved({name: row[name] for name in SAVINGS})
+
+
+def _saved(savings: Mapping[str, float]) -> list[str]:
+    """What was saved by what, in words; nothing where nothing was."""
+    parts = [
+        f"{name.removeprefix('saved_usd.')} {usd_text(usd)}" for name, usd in savings.items() if usd
     ]
-    table = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["totals of this state; list price of what was saved: unchanged, duplicates, cache"]
-    for line in table:
-        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-        cells[:2] = [cell.ljust(width) for cell, width in zip(line[:2], widths, strict=False)]
-        lines.append("  ".join([*cells[:-1], line[-1]]))
-    return "\n".join(lines)
+    return [f"saved: {', '.join(parts)}"] if parts else []
+
+
+def _older(count: int, what: str) -> list[str]:
+    return [f"{count:,} older {what} are not shown; --all shows them."] if count else []
+
+
+def _aligned(table: Sequence[tuple[list[str], list[str]]], to_left: set[int]) -> list[str]:
+    """Cells as aligned columns, each line with its details below it."""
+    widths = [max(map(len, column)) for column in zip(*(cells for cells, _ in table), strict=True)]
+    lines = []
+    for cells, details in table:
+        aligned = [
+            cell.ljust(width) if number in to_left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        lines.append("  ".join(aligned).rstrip())
+        lines += textwrap.wrap(
+            "; ".join(details),
+            WIDTH,
+            initial_indent="    ",
+            subsequent_indent="      ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines
 
 
 def _what(row: Mapping[Hashable, Any]) -> str:

@@ -140,9 +140,10 @@ def test_history_lists_the_run(home: Path) -> None:
     assert listed.returncode == 0, listed.stderr
     assert re.search(r"^ +1  now +20\S+ +completed +3 +3 ", listed.stdout, re.MULTILINE)
     _, sums = listed.stdout.split("\n\n")
-    assert "totals of this state" in sums
-    total = rf"20\d\d-\d\d  lexical/lexical +1 .* {re.escape(str(home))}/\S+\n$"
-    assert re.search(total, sums), sums
+    assert sums.startswith("Totals of this state")
+    total = rf"^20\d\d-\d\d  lexical/lexical +3 +1 .* {re.escape(str(home))}/\S+$"
+    assert re.search(total, sums, re.MULTILINE), sums
+    assert embed_once("history", "birds.yaml", "--all", cwd=home).stdout == listed.stdout
 
 
 def test_plan_shows_absolute_paths_and_leaves_no_trace(home: Path) -> None:

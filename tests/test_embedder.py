@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from tasks.budget import usd_text
 from tasks.embedder import BatchEmbedder
 from tasks.embeddings import Embeddings, StreamProgress
 from tasks.errors import (
@@ -775,7 +776,7 @@ def test_the_report_has_all_its_figures(values: Values, simulator: Simulator) ->
     lines = summary.splitlines()
     assert lines[0] == "52 texts: 50 embedded (96.2%), 2 failed (1 blank, 1 refused)"
     assert lines[1].startswith(f"20 from the cache (38.5%), {len(requests)} calls, ")
-    assert lines[2] == f"{tokens:,} tokens billed, ${tokens * 0.06 / 1e6:.4f}"
+    assert lines[2] == f"{tokens:,} tokens billed, {usd_text(tokens * 0.06 / 1e6)}"
 
 
 def test_the_ledger_holds_the_run_and_each_of_its_calls(

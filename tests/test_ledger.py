@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import lancedb
-import pandas as pd
 import pytest
 
-from tasks.history import SHOWN, as_lines, history, totals, totals_lines
+from tasks.history import SHOWN, WIDTH, as_lines, history, totals, totals_lines
 from tasks.journal import RunFolder
 from tasks.ledger import CALLS, Ledger
 from tasks.notes import About, Call
@@ -153,25 +152,68 @@ def test_totals_are_by_month_model_and_index(library: Any, call_of: Callable[...
         pytest.approx([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 4, 8]),
     ]
     assert {str(counts[name].dtype) for name in list(counts)[:9]} == {"int64"}
-    shown = totals_lines(found).splitlines()
-    sums = "2026-01 voyage/voyage-4 6 2 1 1 2 7 77 70 $0.0000070 1.5 s"
-    assert " ".join(shown[2].split()) == f"{sums} $0.5000 $1.0000 $2.0000 here/docs"
-    assert shown[3].endswith("  -")
+    lines = totals_lines(found).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    shown = " ".join(" ".join(lines[3:]).split())
+    assert shown.startswith(
+        "2026-01 voyage/voyage-4 7 6 70 $0.0000070 here/docs "
+        "calls: 2 failed, 1 throttled, 1 split, 2 retried; tokens estimated: 77; "
+        "calls waited 1.5 s in all; saved: unchanged $0.5000, duplicates $1.0000, cache $2.0000 "
+        "2026-02 voyage/voyage-4 8 1 80 $0.0000080 - tokens estimated: 88 "
+    )
+    assert " all 22 8 220 $0.000022 calls: 2 failed," in shown
+    assert shown.endswith("saved: unchanged $2.8750, duplicates $5.7500, cache $11.5000")
+    last = totals_lines(found, last=1).splitlines()
+    assert last[2] == "3 older rows are not shown; --all shows them."
+    assert [line[:8] for line in last[3:] if line[0] != " "] == ["month   ", "2026-03 ", "all     "]
+    assert last[-1] == lines[-1]
 
 
 def test_the_history_shows_the_newest_runs_and_says_how_many_it_leaves_out(library: Any) -> None:
     ledger = Ledger(library.config.state.uri)
     for number in range(SHOWN + 2):
-        started = f"2026-01-{number + 1:02}T00:00:00.000+00:00"
+        started = f"2026-01-{number // 30 + 1:02}T00:{number % 30:02}:00.000+00:00"
         about = About(f"run-{number}", "t", library.config.index.place, started, 8)
         report = ended_report(about, [], "failed", "").model_copy(update={"cost": Cost(usd=2e-5)})
         ledger.record_run(ledger_row(report))
-        frame = history(library.config)
-        assert ("not shown" in as_lines(frame)) == (number >= SHOWN)
-    assert isinstance(frame, pd.DataFrame)
+    frame = history(library.config)
     assert len(frame) == SHOWN + 2
-    first, _, oldest, *_, newest = as_lines(frame).splitlines()
-    assert first.startswith("2 older runs are not shown")
-    assert oldest.endswith("run-2")
-    assert newest.endswith(f"run-{SHOWN + 1}")
-    assert " $0.000020 " in newest
+    lines = as_lines(frame).splitlines()
+    assert lines[0] == "2 older runs are not shown; --all shows them."
+    assert lines[3].strip() == "run run-2"
+    assert lines[-1].strip() == f"run run-{SHOWN + 1}"
+    assert lines[-2].endswith("  $0.000020")
+    whole = as_lines(frame, last=None)
+    assert "not shown" not in whole
+    assert whole.count("run run-") == SHOWN + 2
+
+
+def test_a_run_tells_its_failures_waits_and_savings(
+    library: Any, call_of: Callable[..., Call]
+) -> None:
+    ledger, place = Ledger(library.config.state.uri), library.config.index.place
+    about = About("run-1", "t", place, "2026-01-01T00:00:00.000+00:00", 8, "voyage/voyage-4")
+    statuses = ["ok", "ok", "ProviderBusy", "ProviderThrottled", "BatchTooLarge"]
+    calls = [call_of(batch=number, status=status) for number, status in enumerate(statuses)]
+    calls[1] = dataclasses.replace(calls[1], cause="retry")
+    report = ended_report(about, calls, "completed", "").model_copy(
+        update={
+            "cost": Cost(usd=2e-5, saved_usd=Saved(unchanged=0.5, cache=2e-5)),
+            "waited_seconds": {"requests per minute": 90.0, "tokens per minute": 2.0, "slot": 0.9},
+        }
+    )
+    ledger.record_run(ledger_row(report))
+    (_, told, *details) = as_lines(history(library.config)).splitlines()
+    assert " 2026-01-01T00:00 " in told
+    below = " ".join(" ".join(details).split())
+    assert below == (
+        "run run-1; texts embedded: 2, calls: 5 (1 failed, 1 throttled, 1 split, 1 retried); "
+        "waited for: requests per minute 2 min, tokens per minute 2.0 s; "
+        "saved: unchanged $0.5000, cache $0.000020"
+    )
+    other = dataclasses.replace(about, run_id="run-2", model="lexical/lexical")
+    ledger.record_run(ledger_row(ended_report(other, [], "died", "")))
+    lines = as_lines(history(library.config)).splitlines()
+    assert "run run-1; voyage/voyage-4; texts" in lines[2]
+    assert lines[-1].strip() == "run run-2; lexical/lexical"
+    assert max(map(len, lines)) <= WIDTH

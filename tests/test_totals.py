@@ -162,6 +162,7 @@ def test_the_ledger_is_the_bill_whatever_failed(household: Household) -> None:
     calls = household.ledger.calls()
     assert {*calls["cause"]} >= {"first", "retry", "wait", "split", "isolate", "query", "verify"}
     index = str(household.folder / "index")
+    assert {*calls[calls["cause"] == "query"]["index"]} == {f"{index}/birds"}
     where = summed.set_index(["model", "index"])
     assert set(where.index) == {
         ("voyage/voyage-4", f"{index}/birds"),
@@ -232,4 +233,46 @@ def test_of_a_run_that_was_killed_only_calls_in_flight_are_unknown(
     known = dict(zip(calls["request_id"], calls["tokens_billed"], strict=True))
     assert known.items() <= asked.items()
     assert len(asked) - len(known) <= 3
+    household.agree()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_cancelled_is_billed_as_the_ledger_says(
+    household: Household, prefect_api: str, python: list[str]
+) -> None:
+    birds = household.config("birds")
+    household.simulator.change(latency={"base_s": 0.3})
+    frame = pd.DataFrame({"id": [str(n) for n in range(300)], "text": texts(300)})
+    frame.to_parquet(birds.with_suffix(".parquet"))
+    process = subprocess.Popen(
+        [*python, "-m", "flows.cli", "reindex", str(birds)],
+        env={**os.environ, "PREFECT_API_URL": prefect_api},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while household.simulator.ledger.totals()["ok"] < 9 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130
+    assert household.ledger.runs()["state"].tolist() == ["cancelled"]
+    household.check()  # answers in flight were waited for
+    assert household.reindex(birds, texts(300)).state == "completed"
+    household.check()
+
+
+def test_what_the_bill_has_more_are_answers_lost_on_their_way(household: Household) -> None:
+    birds = household.config("birds")
+    simulator = household.simulator
+    lost = {3: "process_then_reset", 5: "reset_mid", 7: "bad_json", 9: "no_usage"}
+    for number, action in lost.items():
+        simulator.add(Rule.model_validate({"requests": [number], "action": action}))
+    assert household.reindex(birds, texts(150)).state == "completed"
+    calls = household.ledger.calls()
+    asked = simulator.ledger.requests
+    known = dict(zip(calls["request_id"], calls["tokens_billed"], strict=True))
+    unknown = [each for each in asked if known.get(each.request_id, 0) != each.billed_tokens]
+    assert {each.ordinal for each in unknown} == set(lost)
+    assert len(calls) == len(asked)
+    missing = sum(each.billed_tokens for each in unknown)
+    assert calls["tokens_billed"].sum() + missing == simulator.ledger.totals()["billed_tokens"]
     household.agree()
