@@ -61,13 +61,19 @@ def reindex(  # noqa: PLR0917 - an argument an option
         bool, typer.Option("--yes", help="Approve whatever it costs; see budget.approve_above_usd.")
     ] = False,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Write the run report here.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the run report here: a page if it ends in .html, else JSON."
+        ),
     ] = None,
 ) -> None:
     """Bring the index in step with the corpus: plan, embed, publish, report."""
+    from tasks.faces import html  # noqa: PLC0415
     from tasks.form import Overrides, configured  # noqa: PLC0415
+    from tasks.ledger import Ledger  # noqa: PLC0415
+    from tasks.sections import sections  # noqa: PLC0415
     from tasks.storage import local_folder  # noqa: PLC0415
-    from tasks.summary import as_text, headline, report_rows  # noqa: PLC0415
+    from tasks.summary import as_text, headline  # noqa: PLC0415
     from tasks.survey import require_runnable  # noqa: PLC0415
 
     _require_file(report)
@@ -87,8 +93,12 @@ def reindex(  # noqa: PLR0917 - an argument an option
 
         done = run(config, overrides)
     print(headline(done))
-    print(as_text(report_rows(done)))
-    _write(report, done.model_dump_json(indent=2))
+    print(as_text(*(section.rows for section in sections(done))))
+    if report is not None and report.suffix.lower() == ".html":
+        calls = Ledger(loaded.state.uri).calls_of(done.run_id)
+        _write(report, html(done, sections(done, calls)))
+    else:
+        _write(report, done.model_dump_json(indent=2))
     if done.incomplete:
         print("Something could not be read; see `skipped` above.", file=sys.stderr)
     if done.chunks.quarantined:

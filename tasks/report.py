@@ -33,14 +33,19 @@ class Texts(Part):
 
     Attributes:
         unique: In the whole corpus.
+        known: Of these, with a vector in the index or in the cache before this run, or paid for
+            by another one meanwhile.
         from_cache: Needed by added, changed or moved chunks and already paid for, before this
             run or by another one meanwhile.
         embedded: Paid for in this run.
+        refused: Without a vector, because the provider refuses them.
     """
 
     unique: int
     from_cache: int
     embedded: int
+    known: int = 0
+    refused: int = 0
 
 
 class Calls(Part):
@@ -52,6 +57,7 @@ class Calls(Part):
         throttled: Refused because of the account's limits.
         split: Refused because they held too much.
         retried: Sent again after a failure; each of them is counted above too.
+        failures: The failed ones, by the name of the error.
     """
 
     ok: int = 0
@@ -59,6 +65,7 @@ class Calls(Part):
     throttled: int = 0
     split: int = 0
     retried: int = 0
+    failures: dict[str, int] = {}
 
 
 class Tokens(Part):
@@ -105,6 +112,9 @@ class Throughput(Part):
         documents_per_second: Documents read and fingerprinted a second.
         kilobytes_per_second: Their text, 1,000 bytes in UTF-8, a second.
         limit_used_fraction: Share of the account's limit a minute; null where there is none.
+        requests_per_minute: The account's limit at the end, named or learned; null where none is
+            known.
+        tokens_per_minute: As above.
     """
 
     chunks_per_second: float = 0.0
@@ -112,6 +122,8 @@ class Throughput(Part):
     documents_per_second: float = 0.0
     kilobytes_per_second: float = 0.0
     limit_used_fraction: float | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
 
 
 class Latency(Part):

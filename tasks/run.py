@@ -46,6 +46,8 @@ from tasks.report import (
 from tasks.schemas import CHANGES, DELETIONS
 from tasks.survey import Survey
 
+NO_FAULT = ("ok", ProviderThrottled.__name__, BatchTooLarge.__name__)
+"""How a call ends that is counted by itself, and not as failed."""
 LEFT_OUT_SHOWN = 20
 """Chunks left out that a report names."""
 
@@ -170,7 +172,7 @@ def finished_report(
         state=state,
         started_at=about.started_at,
         chunks=chunks_of(survey, counts, quarantined=filled.left_out.num_rows),
-        texts=texts_of(survey, embedded, shared.texts),
+        texts=texts_of(survey, embedded, shared.texts, len(filled.left_out["text_hash"].unique())),
         calls=_calls(calls),
         tokens=tokens,
         cost=cost_of(survey, tokens.billed, shared.tokens),
@@ -223,7 +225,7 @@ def ended_report(
         cost=Cost(usd=sum(call.usd for call in calls)),
         seconds=Seconds(total=seconds),
         throughput=Throughput(),
-        latency_ms=Latency(),
+        latency_ms=_latency([call for call in calls if call.status == "ok"]),
         concurrency=Concurrency(limit=about.concurrency),
         memory=Memory(peak_bytes=peak_bytes() if seconds else 0),
         error=error,
@@ -246,6 +248,7 @@ def _calls(calls: Sequence[Call]) -> Calls:
         throttled=throttled,
         split=split,
         retried=sum(call.cause == "retry" for call in calls),
+        failures={status: count for status, count in ended.most_common() if status not in NO_FAULT},
     )
 
 
@@ -268,6 +271,8 @@ def _throughput(
         documents_per_second=read.notes.documents / read_s,
         kilobytes_per_second=read.text_bytes / 1000 / read_s,
         limit_used_fraction=sent.limit_used_fraction if sending and limited else None,
+        requests_per_minute=sent.requests_per_minute,
+        tokens_per_minute=sent.tokens_per_minute,
     )
 
 
