@@ -21,6 +21,9 @@ DARK = {
 }
 """The colours of pictures on a dark page; light ones are their own."""
 
+LONGEST_LINE = 100
+"""Prefect's first UI does not wrap the lines of a table."""
+
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """A page that may load nothing runs nothing either."""
 
@@ -29,7 +32,7 @@ STYLE = """\
 @media screen and (prefers-color-scheme:dark){:root{--page:#0d1117;--text:#e6edf3;--soft:#9198a1;\
 --edge:#3d444d;DARK}}
 body{margin:0;background:var(--page);color:var(--text);font:15px/1.5 system-ui,sans-serif}
-article{max-width:752px;margin:0 auto;padding:24px 16px}
+article{max-width:720px;margin:0 auto;padding:24px 16px}
 h1{margin:0 0 4px;font-size:26px}h2{margin:32px 0 8px;font-size:18px}
 p{margin:0;font-size:17px}footer{margin-top:32px;color:var(--soft);font-size:13px}
 table{border-collapse:collapse;width:100%}tr{border-top:1px solid var(--edge)}
@@ -50,7 +53,7 @@ def markdown(report: RunReport, found: Sequence[Section]) -> str:
     """
     lines = [f"## {literal(_name(report))}", "", literal(_sentence(report))]
     for section in found:
-        lines += ["", f"### {section.title}", "", *table_lines(section.rows)]
+        lines += ["", f"### {section.title}", "", *_lines(section.rows)]
         for picture in section.pictures:
             lines += ["", f"![{literal(picture.alt)}]({_uri(picture)})"]
     return "\n".join(lines) + "\n"
@@ -81,6 +84,13 @@ def html(report: RunReport, found: Sequence[Section]) -> str:
             f"<footer>{escape(cut(run, LONGEST_REASON))}</footer></article></body></html>",
         ]
     )
+
+
+def _lines(rows: Sequence[Row]) -> list[str]:
+    """Rows as a table; as a list where one is so long that a table would hide its end."""
+    if all(len(label) + len(value) <= LONGEST_LINE for label, value in rows):
+        return table_lines(rows)
+    return [f"- **{literal(label)}**: {literal(value)}" for label, value in rows]
 
 
 def _name(report: RunReport) -> str:

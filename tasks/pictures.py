@@ -107,8 +107,8 @@ def area(
     edges = frame.x(np.linspace(0.0, seconds, len(values) + 1))
     tops = zip(frame.y(values), edges[1:], strict=True)
     path = f"M{LEFT} {frame.base}" + "".join(f"V{top:.1f}H{edge:.1f}" for top, edge in tops)
-    path += f"V{frame.base}"
-    parts = [f'<path class="main fill" d="{path}Z"/>', f'<path class="main draw" d="{path}"/>']
+    filled = f"{path}V{frame.base}Z"
+    parts = [f'<path class="main fill" d="{filled}"/>', f'<path class="main draw" d="{path}"/>']
     legend = list[tuple[str, str]]()
     if level is not None:
         y = float(frame.y(np.array([level.value]))[0])

@@ -130,7 +130,7 @@ def _saved(saved: Saved) -> dict[str, float]:
 
 def _money_pictures(cost: Cost) -> tuple[Picture, ...]:
     causes = _saved(cost.saved_usd)
-    if not causes:
+    if len(causes) + bool(cost.usd) < 2:  # noqa: PLR2004 - a bar alone compares with nothing
         return ()
     rows = [Bar("spent", cost.usd, usd_text(cost.usd))] if cost.usd else []
     for cause, usd in causes.items():

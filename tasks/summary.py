@@ -76,7 +76,9 @@ def literal(text: str) -> str:
 
 def one_line(text: str) -> str:
     """The text in one line that every terminal and page can show."""
-    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
+    if not text.isprintable():
+        text = "".join(each if each.isprintable() else " " for each in text)
+    return " ".join(text.split())
 
 
 def cut(text: str, most: int) -> str:
@@ -163,11 +165,14 @@ def cost_text(cost: Cost) -> str:
 
 
 def span_text(seconds: float) -> str:
-    """A span of time as people say it: 40 ms, 3.2 s, 43 min, 2 h 5 min."""
+    """A span of time as people say it: 40 ms, 3.2 s, 1 min 55 s, 43 min, 2 h 5 min."""
     if seconds < 0.1:  # noqa: PLR2004
         return f"{seconds * 1000:.0f} ms" if seconds >= 1e-3 else "under 1 ms"  # noqa: PLR2004
     if seconds < 90:  # noqa: PLR2004
         return f"{seconds:.1f} s"
+    if seconds < 599.5:  # noqa: PLR2004
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     minutes = round(seconds / 60)
     if minutes < 90:  # noqa: PLR2004
         return f"{minutes} min"
