@@ -219,22 +219,12 @@ def chunks_of(survey: Survey, counts: dict[str, int], *, quarantined: int) -> Ch
     )
 
 
-def texts_of(survey: Survey, embedded: int, shared: int = 0, refused: int | None = None) -> Texts:
-    """Counts of texts for plan and report.
-
-    Args:
-        survey: What is known before anything is sent.
-        embedded: Texts paid for, or to pay for.
-        shared: Paid for by other runs meanwhile.
-        refused: Refused by the provider; None: those of earlier runs.
-    """
-    unique, before = survey.compared.unique_texts, len(survey.looked_up.quarantined)
+def texts_of(survey: Survey, embedded: int, shared: int = 0) -> Texts:
+    """Counts of texts for plan and report; `shared` were paid for by other runs meanwhile."""
     return Texts(
-        unique=unique,
+        unique=survey.compared.unique_texts,
         from_cache=survey.looked_up.from_cache + shared,
         embedded=embedded,
-        known=unique - survey.packed.texts - before + shared,
-        refused=before if refused is None else refused,
     )
 
 

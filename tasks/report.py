@@ -33,19 +33,14 @@ class Texts(Part):
 
     Attributes:
         unique: In the whole corpus.
-        known: Of these, with a vector in the index or in the cache before this run, or paid for
-            by another one meanwhile.
         from_cache: Needed by added, changed or moved chunks and already paid for, before this
             run or by another one meanwhile.
         embedded: Paid for in this run.
-        refused: Without a vector, because the provider refuses them.
     """
 
     unique: int
     from_cache: int
     embedded: int
-    known: int = 0
-    refused: int = 0
 
 
 class Calls(Part):
@@ -57,7 +52,6 @@ class Calls(Part):
         throttled: Refused because of the account's limits.
         split: Refused because they held too much.
         retried: Sent again after a failure; each of them is counted above too.
-        failures: The failed ones, by the name of the error.
     """
 
     ok: int = 0
@@ -65,7 +59,6 @@ class Calls(Part):
     throttled: int = 0
     split: int = 0
     retried: int = 0
-    failures: dict[str, int] = {}
 
 
 class Tokens(Part):
@@ -182,6 +175,10 @@ class RunReport(Part):
             stopped at its budget), "not approved" (nobody approved its price), "cancelled" or
             "died" (killed; told by the run that takes up after it).
         started_at: ISO 8601, UTC.
+        known_texts: Distinct texts of the corpus whose vector was in the index or the cache before
+            this run, or paid for by another one meanwhile.
+        refused_texts: Those without one, because the provider refuses them.
+        failed_calls: `calls.failed` by the name of the error.
         waited_seconds: Time in which the next call waited for its turn, by what it waited for.
         skipped: Documents and rows left out, counted by reason.
         examples: The first few of them, by reason.
@@ -212,6 +209,9 @@ class RunReport(Part):
     concurrency: Concurrency
     memory: Memory
     restored: int | None = None
+    known_texts: int = 0
+    refused_texts: int = 0
+    failed_calls: dict[str, int] = {}
     waited_seconds: dict[str, float] = {}
     refused: tuple[LeftOut, ...] = ()
     skipped: dict[str, int] = {}

@@ -172,7 +172,7 @@ def finished_report(
         state=state,
         started_at=about.started_at,
         chunks=chunks_of(survey, counts, quarantined=filled.left_out.num_rows),
-        texts=texts_of(survey, embedded, shared.texts, len(filled.left_out["text_hash"].unique())),
+        texts=texts_of(survey, embedded, shared.texts),
         calls=_calls(calls),
         tokens=tokens,
         cost=cost_of(survey, tokens.billed, shared.tokens),
@@ -193,6 +193,14 @@ def finished_report(
             busy_fraction=sent.in_flight_seconds / sent.slot_seconds if sent.slot_seconds else 0.0,
         ),
         memory=Memory(peak_bytes=peak_bytes()),
+        known_texts=(
+            survey.compared.unique_texts
+            - survey.packed.texts
+            - len(survey.looked_up.quarantined)
+            + shared.texts
+        ),
+        refused_texts=len(filled.left_out.column("text_hash").unique()),
+        failed_calls=_failed_calls(calls),
         waited_seconds=sent.waited_seconds,
         refused=_left_out(filled, reasons),
         skipped=dict(skipped),
@@ -228,6 +236,7 @@ def ended_report(
         latency_ms=_latency([call for call in calls if call.status == "ok"]),
         concurrency=Concurrency(limit=about.concurrency),
         memory=Memory(peak_bytes=peak_bytes() if seconds else 0),
+        failed_calls=_failed_calls(calls),
         error=error,
     )
 
@@ -248,8 +257,12 @@ def _calls(calls: Sequence[Call]) -> Calls:
         throttled=throttled,
         split=split,
         retried=sum(call.cause == "retry" for call in calls),
-        failures={status: count for status, count in ended.most_common() if status not in NO_FAULT},
     )
+
+
+def _failed_calls(calls: Sequence[Call]) -> dict[str, int]:
+    failed = Counter(call.status for call in calls if call.status not in NO_FAULT)
+    return dict(failed.most_common())
 
 
 def _tokens(calls: Sequence[Call]) -> Tokens:

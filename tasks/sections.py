@@ -241,9 +241,9 @@ def _failures(report: RunReport) -> tuple[Row, ...]:
     rows = list[Row]()
     if report.error:
         rows.append(("error", cut(report.error, LONGEST_REASON)))
-    if report.calls.failures:
+    if report.failed_calls:
         kinds = ", ".join(
-            f"{FAILURES.get(kind, kind)} {count:,}" for kind, count in report.calls.failures.items()
+            f"{FAILURES.get(kind, kind)} {count:,}" for kind, count in report.failed_calls.items()
         )
         rows.append(("failed calls", kinds))
     if report.unreadable_answers:
@@ -287,12 +287,8 @@ def _time(report: RunReport) -> tuple[Row, ...]:
     if not total:
         return ()
     rows, read = [("time", span_text(total))], report.throughput
-    if stages := _stages(report):
-        parts = [
-            f"{name} {span_text(seconds)} ({percent_text(seconds / total)})"
-            for name, seconds in stages.items()
-        ]
-        rows.append(("by stage", ", ".join(parts)))
+    for name, seconds in _stages(report).items():
+        rows.append((name, f"{span_text(seconds)}, {percent_text(seconds / total)}"))
     if read.documents_per_second:
         rate = f"{figure(read.documents_per_second)} documents/s"
         rows.append(("reading", f"{rate}, {figure(read.kilobytes_per_second)} kB/s"))

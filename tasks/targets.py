@@ -30,12 +30,12 @@ def _verdict(*, met: bool) -> str:
 
 
 def _hits(report: RunReport) -> str:
-    texts = report.texts
+    known, unique = report.known_texts, report.texts.unique
     if report.generation <= (report.published != "none"):
         return "not applicable: the index was not there before"
-    rate = texts.known / texts.unique
+    rate = known / unique
     share = percent_text(rate, beside=HIT_RATE)
-    return f"{_verdict(met=rate > HIT_RATE)}: {share}, {texts.known:,} of {texts.unique:,} texts"
+    return f"{_verdict(met=rate > HIT_RATE)}: {share}, {known:,} of {unique:,} texts"
 
 
 def _cached(report: RunReport) -> str:
@@ -65,7 +65,7 @@ def _busy(report: RunReport) -> str:
 
 
 def _errors(report: RunReport) -> str:
-    refused, unique = report.texts.refused, report.texts.unique
+    refused, unique = report.refused_texts, report.texts.unique
     rate = refused / unique
     share = percent_text(rate, beside=ERRORS)
     without = f"{share}, {refused:,}" if refused else "none"

@@ -54,7 +54,8 @@ def report(**changes: Any) -> RunReport:
         "chunks": Chunks(
             total=1100, unchanged=200, added=890, changed=10, moved=0, deleted=3, duplicate=100
         ),
-        "texts": Texts(unique=1000, from_cache=50, embedded=800, known=200),
+        "texts": Texts(unique=1000, from_cache=50, embedded=800),
+        "known_texts": 200,
         "calls": Calls(ok=40, throttled=2),
         "tokens": Tokens(estimated=41_000, billed=40_000),
         "cost": Cost(
@@ -86,9 +87,12 @@ def many(call_of: Callable[..., Call]) -> Callable[..., list[Call]]:
     """Calls, one each so many seconds; every tenth one is throttled."""
 
     def make(count: int, apart_s: float = 0.25) -> list[Call]:
+        one = call_of()
         return [
             replace(
-                call_of(batch=at, status="ProviderThrottled" if at % 10 == 9 else "ok"),
+                one,
+                batch=at,
+                status="ProviderThrottled" if at % 10 == 9 else "ok",
                 started_at=(START + timedelta(seconds=apart_s * at)).isoformat(),
                 seconds=0.1 + 0.01 * (at % 7),
                 tokens_estimated=1000,
@@ -289,7 +293,7 @@ def test_a_run_that_ended_early_says_what_it_did_and_no_more(
     rows = {label: value for section in found for label, value in section.rows}
     assert rows["error"] == "What went wrong."
     assert rows["time"] == "0.4 s"
-    assert not {"chunks", "generation", "hits over 70% on repeats", "by stage"} & set(rows)
+    assert not {"chunks", "generation", "hits over 70% on repeats", "embed"} & set(rows)
     assert ("calls" in rows) == bool(paid)
     assert rows.get("texts embedded") == (
         str(paid) if paid else None if state == "not approved" else "none"
@@ -306,7 +310,8 @@ def test_a_run_with_nothing_new_shows_no_zeros() -> None:
         chunks=Chunks(
             total=1100, unchanged=1100, added=0, changed=0, moved=0, deleted=0, duplicate=0
         ),
-        texts=Texts(unique=1000, from_cache=0, embedded=0, known=1000),
+        texts=Texts(unique=1000, from_cache=0, embedded=0),
+        known_texts=1000,
         calls=Calls(),
         tokens=Tokens(),
         cost=Cost(usd_without_reuse=0.01, saved_usd=Saved(unchanged=0.01)),
@@ -347,7 +352,9 @@ def targets_of(run: RunReport) -> list[str]:
 
 def test_targets_are_met_or_missed_by_their_number() -> None:
     good = report(
-        texts=Texts(unique=1000, from_cache=50, embedded=290, known=701, refused=9),
+        texts=Texts(unique=1000, from_cache=50, embedded=290),
+        known_texts=701,
+        refused_texts=9,
         calls=Calls(ok=32),
     )
     assert targets_of(good) == [
@@ -357,7 +364,9 @@ def test_targets_are_met_or_missed_by_their_number() -> None:
         "met: 0.9%, 9 of 1,000 texts without a vector after retries",
     ]
     bad = report(
-        texts=Texts(unique=100_000, from_cache=2, embedded=30_000, known=69_996, refused=1000),
+        texts=Texts(unique=100_000, from_cache=2, embedded=30_000),
+        known_texts=69_996,
+        refused_texts=1000,
         calls=Calls(ok=32),
         concurrency=Concurrency(limit=8, reached=8, busy_fraction=0.79999),
     )
