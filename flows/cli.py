@@ -1,13 +1,12 @@
 """The `embed-once` command: the same flows and functions, for a terminal or a pipe."""
 
 import contextlib
-import math
 import os
 import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,14 +14,8 @@ from flows.prefect_server import have_server
 from flows.terminal import CANCELLED, SIGNALS_HERE, bar_on, prefect_log
 from tasks.errors import UNFORESEEN, EmbedOnceError, SettingsError
 
-if TYPE_CHECKING:
-    from tasks.form import Overrides
-    from tasks.params import Config
-
 INCOMPLETE = 3
 FOUND = 5
-UNASKED = "budget.approve_above_usd=null"
-"""The setting of a run that a person has approved."""
 
 app = typer.Typer(
     name="embed-once",
@@ -61,13 +54,19 @@ def reindex(  # noqa: PLR0917 - an argument an option
         bool, typer.Option("--yes", help="Approve whatever it costs; see budget.approve_above_usd.")
     ] = False,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Write the run report here.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the run report here: a page if it ends in .html, else JSON."
+        ),
     ] = None,
 ) -> None:
     """Bring the index in step with the corpus: plan, embed, publish, report."""
+    from tasks.faces import html  # noqa: PLC0415
     from tasks.form import Overrides, configured  # noqa: PLC0415
+    from tasks.ledger import Ledger  # noqa: PLC0415
+    from tasks.sections import sections  # noqa: PLC0415
     from tasks.storage import local_folder  # noqa: PLC0415
-    from tasks.summary import as_text, headline, report_rows  # noqa: PLC0415
+    from tasks.summary import as_text, headline  # noqa: PLC0415
     from tasks.survey import require_runnable  # noqa: PLC0415
 
     _require_file(report)
@@ -75,20 +74,26 @@ def reindex(  # noqa: PLR0917 - an argument an option
         narrow=narrow,
         accept_splitter=accept_splitter,
         retry_quarantined=retry_quarantined,
-        settings=[*settings, UNASKED] if yes else settings,
+        settings=[*settings, "budget.approve_above_usd=null"] if yes else settings,
     )
     loaded = configured(config, overrides)
     require_runnable(loaded, overrides)  # a mistake is told before Prefect is started
     if loaded.budget.approve_above_usd is not None:
-        overrides = _approved(loaded, overrides)
+        from flows.asking import approved  # noqa: PLC0415
+
+        overrides = approved(loaded, overrides)
     with prefect_log(local_folder(loaded.state.uri, "logs"), "reindex") as console, bar_on(console):
         have_server()
         from flows.reindex import run  # noqa: PLC0415
 
         done = run(config, overrides)
     print(headline(done))
-    print(as_text(report_rows(done)))
-    _write(report, done.model_dump_json(indent=2))
+    print(as_text(*(section.rows for section in sections(done))))
+    if report is not None and report.suffix.lower() == ".html":
+        calls = Ledger(loaded.state.uri).calls_of(done.run_id)
+        _write(report, html(done, sections(done, calls)))
+    else:
+        _write(report, done.model_dump_json(indent=2))
     if done.incomplete:
         print("Something could not be read; see `skipped` above.", file=sys.stderr)
     if done.chunks.quarantined:
@@ -340,42 +345,6 @@ def main() -> None:
         problem = f"{type(error).__name__}: {error}"
         print(f"embed-once: {UNFORESEEN} ({problem}). Details: {log.name}", file=sys.stderr)
         sys.exit(EmbedOnceError.exit_code)
-
-
-def _approved(config: "Config", overrides: "Overrides") -> "Overrides":
-    """What the run does otherwise once the person at the terminal has approved its price.
-
-    Raises:
-        NotApproved: They have not, or there is no terminal.
-    """
-    from tasks.approval import ceiling, not_approved, question  # noqa: PLC0415
-    from tasks.budget import usd_text  # noqa: PLC0415
-    from tasks.plan import make_plan, plan_rows  # noqa: PLC0415
-    from tasks.summary import as_text  # noqa: PLC0415
-
-    planned = make_plan(config, overrides)
-    if not planned.needs_approval or planned.would_refuse:
-        return overrides
-    print(f"Plan for {planned.name}")
-    print(as_text(plan_rows(planned)))
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise not_approved(planned, "Run with --yes to approve it.")
-    print(question(planned), file=sys.stderr)
-    most = ceiling(planned)
-    ask = f"Approve up to {usd_text(most)}? [y, N, or another maximum in US dollars] "
-    while True:
-        print(ask, end="", file=sys.stderr, flush=True)
-        answer = sys.stdin.readline().strip().lower()
-        if answer in {"", "n", "no"}:
-            raise not_approved(planned, "It was not approved.")
-        with contextlib.suppress(ValueError):
-            most = most if answer in {"y", "yes"} else float(answer.removeprefix("$"))
-            if 0 < most < math.inf:
-                break
-        print(f"{answer!r} is neither y, n nor a price.", file=sys.stderr)
-    return overrides.model_copy(
-        update={"max_usd": most, "settings": [*overrides.settings, UNASKED]}
-    )
 
 
 def _require_file(path: Path | None) -> None:

@@ -109,7 +109,11 @@ def embed_all(
         except BaseException:  # what waits is not sent any more
             sender.stop(RunStopped("The run was ended."))
             raise
+    if progress is not None:
+        progress.settle()
     collected.finish()
+    if progress is not None:  # a text that left the corpus meanwhile is not missed
+        progress.settle(finished=True)
     filled = filling.finish(found.refused(collected.refused))
     return filled, collected.refused, collected.shared, sender.limiter.statistics()
 

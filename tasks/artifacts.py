@@ -14,13 +14,15 @@ from prefect.artifacts import (
 from prefect.events import emit_event
 
 from tasks import findings
+from tasks.faces import markdown
 from tasks.findings import Verified, to_do_lines, verified_rows
 from tasks.maintain import Maintained
 from tasks.notes import Call
 from tasks.plan import Plan, plan_rows
 from tasks.progress import Progress
 from tasks.report import RunReport
-from tasks.summary import as_markdown, headline, report_rows
+from tasks.sections import sections
+from tasks.summary import as_markdown
 
 TABLE_ROWS = 500
 """Most rows of the table of batches; an artifact is one request."""
@@ -59,7 +61,7 @@ def publish_verified(verified: Verified) -> None:
 def publish_report(report: RunReport, calls: Sequence[Call]) -> None:
     """The report as Markdown, the batches as a table, and the event of the run."""
     create_markdown_artifact(
-        as_markdown(report.name, headline(report), report_rows(report)),
+        markdown(report, sections(report, calls)),
         key=key("report", report.name),
         description="What the run did and what it cost.",
     )
@@ -74,7 +76,7 @@ def publish_report(report: RunReport, calls: Sequence[Call]) -> None:
                 "texts": call.texts,
                 "tokens estimated": call.tokens_estimated,
                 "tokens billed": call.tokens_billed,
-                "usd": round(call.usd, 6),
+                "usd": float(f"{call.usd:.3g}"),
                 "waited s": round(call.waited, 1),
                 "ms": round(call.seconds * 1000, 1),
             }
@@ -112,7 +114,7 @@ def publish_maintained(maintained: Maintained) -> None:
 
 
 class ProgressArtifact:
-    """A progress artifact that moves while a run embeds."""
+    """A progress artifact that moves while a run embeds; `settle` shows where it ended."""
 
     def __init__(self, name: str) -> None:
         created = create_progress_artifact(
@@ -121,13 +123,22 @@ class ProgressArtifact:
         if not isinstance(created, UUID):
             raise TypeError("create_progress_artifact must be called from a flow that is not async")
         self._id = created
+        self._percent = self._shown = 0.0
         self._updated = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
-        """Show `progress`, at most once a second; the end is always shown."""
-        finished = progress.done >= progress.total
+        """Show `progress`, at most once a second; it never goes back."""
         if progress.stage != "embedding":
             return
-        if finished or time.monotonic() - self._updated >= UPDATE_S:
-            update_progress_artifact(self._id, progress.percent)
-            self._updated = time.monotonic()
+        self._percent = max(self._percent, progress.percent)
+        if time.monotonic() - self._updated >= UPDATE_S:
+            self.settle()
+
+    def settle(self, *, finished: bool = False) -> None:
+        """Show what came since it was shown last; `finished`: that nothing is missing any more."""
+        if finished:
+            self._percent = 100.0
+        if self._percent > self._shown:
+            update_progress_artifact(self._id, self._percent)
+            self._shown = self._percent
+        self._updated = time.monotonic()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from lancedb.table import Table
 
-from tasks.lance import durable, make_table, open_table, writing
+from tasks.lance import durable, make_table, open_table, quoted, writing
 from tasks.notes import Call
 
 if TYPE_CHECKING:
@@ -66,6 +66,14 @@ class Ledger:
         # An earlier version kept neither model nor index.
         frame: pd.DataFrame = arrow.to_pandas().reindex(columns=CALLS.names, fill_value="")
         return frame.fillna({"model": "", "index": ""})
+
+    def calls_of(self, run_id: str) -> list[Call]:
+        """The provider calls of one run."""
+        table = self._open("calls")
+        if table is None:
+            return []
+        rows = table.search().where(f"run_id = {quoted(run_id)}").to_arrow().to_pylist()
+        return [Call(**row) for row in rows]
 
     def _open(self, name: str) -> Table | None:
         return open_table(self._uri, name)

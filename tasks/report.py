@@ -105,6 +105,9 @@ class Throughput(Part):
         documents_per_second: Documents read and fingerprinted a second.
         kilobytes_per_second: Their text, 1,000 bytes in UTF-8, a second.
         limit_used_fraction: Share of the account's limit a minute; null where there is none.
+        requests_per_minute: The account's limit at the end, named or learned; null where none is
+            known.
+        tokens_per_minute: As above.
     """
 
     chunks_per_second: float = 0.0
@@ -112,6 +115,8 @@ class Throughput(Part):
     documents_per_second: float = 0.0
     kilobytes_per_second: float = 0.0
     limit_used_fraction: float | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
 
 
 class Latency(Part):
@@ -171,6 +176,10 @@ class RunReport(Part):
             stopped at its budget), "not approved" (nobody approved its price), "cancelled" or
             "died" (killed; told by the run that takes up after it).
         started_at: ISO 8601, UTC.
+        known_texts: Distinct texts of the corpus whose vector was in the index or the cache before
+            this run, or paid for by another one meanwhile.
+        refused_texts: Those without one, because the provider refuses them.
+        failed_calls: `calls.failed` by the name of the error.
         waited_seconds: Time in which the next call waited for its turn, by what it waited for.
         skipped: Documents and rows left out, counted by reason.
         examples: The first few of them, by reason.
@@ -202,6 +211,9 @@ class RunReport(Part):
     concurrency: Concurrency
     memory: Memory
     restored: int | None = None
+    known_texts: int = 0
+    refused_texts: int = 0
+    failed_calls: dict[str, int] = {}
     waited_seconds: dict[str, float] = {}
     refused: tuple[LeftOut, ...] = ()
     skipped: dict[str, int] = {}

@@ -195,6 +195,14 @@ def finished_report(
             busy_fraction=sent.in_flight_seconds / sent.slot_seconds if sent.slot_seconds else 0.0,
         ),
         memory=Memory(peak_bytes=peak_bytes()),
+        known_texts=(
+            survey.compared.unique_texts
+            - survey.packed.texts
+            - len(survey.looked_up.quarantined)
+            + shared.texts
+        ),
+        refused_texts=len(filled.left_out.column("text_hash").unique()),
+        failed_calls=_failed_calls(calls),
         waited_seconds=sent.waited_seconds,
         refused=_left_out(filled, reasons),
         skipped=dict(skipped),
@@ -228,9 +236,10 @@ def ended_report(
         cost=Cost(usd=sum(call.usd for call in calls)),
         seconds=Seconds(total=seconds),
         throughput=Throughput(),
-        latency_ms=Latency(),
+        latency_ms=_latency([call for call in calls if call.status == "ok"]),
         concurrency=Concurrency(limit=about.concurrency),
         memory=Memory(peak_bytes=peak_bytes() if seconds else 0),
+        failed_calls=_failed_calls(calls),
         error=error,
     )
 
@@ -244,6 +253,11 @@ def peak_bytes() -> int:
 def _calls(calls: Sequence[Call]) -> Calls:
     ended = Counter(OUTCOMES.get(call.status, "failed") for call in calls)
     return Calls(**ended, retried=sum(call.cause == "retry" for call in calls))
+
+
+def _failed_calls(calls: Sequence[Call]) -> dict[str, int]:
+    failed = Counter(call.status for call in calls if call.status not in OUTCOMES)
+    return dict(failed.most_common())
 
 
 def _tokens(calls: Sequence[Call]) -> Tokens:
@@ -265,6 +279,8 @@ def _throughput(
         documents_per_second=read.notes.documents / read_s,
         kilobytes_per_second=read.text_bytes / 1000 / read_s,
         limit_used_fraction=sent.limit_used_fraction if sending and limited else None,
+        requests_per_minute=sent.requests_per_minute,
+        tokens_per_minute=sent.tokens_per_minute,
     )
 
 

@@ -1,11 +1,18 @@
 """Summary: plan and report in the words and the order in which people read them."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 from tasks.budget import usd_text
-from tasks.report import Calls, Chunks, Cost, RunReport, Seconds
+from tasks.report import Calls, Chunks, Cost, RunReport
 
 Row = tuple[str, str]
+
+LONGEST_LABEL = 36
+"""Longer ones, such as names, do not widen the column of labels."""
+
+_MEANING = re.compile(r"[\\`*_{}\[\]>|~#!]")
+"""Characters that may mean something to Markdown."""
 
 
 def chunk_rows(chunks: Chunks) -> list[Row]:
@@ -23,95 +30,6 @@ def chunk_rows(chunks: Chunks) -> list[Row]:
     return rows
 
 
-def report_rows(report: RunReport) -> list[Row]:
-    """The report as label and value, in the order people read it."""
-    rows = [
-        ("index", report.index),
-        ("generation", _generation(report)),
-        *chunk_rows(report.chunks),
-        (
-            "texts embedded",
-            (
-                f"{report.texts.embedded:,} of {report.texts.unique:,}"
-                f" ({report.texts.from_cache:,} from the cache)"
-            ),
-        ),
-        ("calls", calls_text(report.calls)),
-        ("tokens", f"{report.tokens.billed:,} billed, {report.tokens.estimated:,} estimated"),
-        ("cost", cost_text(report.cost)),
-        ("time", time_text(report.seconds)),
-    ]
-    read = report.throughput
-    if read.documents_per_second:
-        rate = (
-            f"{read.documents_per_second:,.0f} documents/s, {read.kilobytes_per_second:,.0f} kB/s"
-        )
-        rows.append(("reading", rate))
-    if report.texts.embedded:
-        rows += sending_rows(report)
-    if report.recovered_vectors:
-        rows.append(
-            ("recovered", f"{report.recovered_vectors:,} texts paid for by a run that died")
-        )
-    if report.unreadable_answers:
-        rows.append(("set aside", f"{report.unreadable_answers:,} unreadable journal files"))
-    if report.held:
-        rows.append(("kept unread", f"{report.held:,} (in the index, not readable in the corpus)"))
-    rows += skipped_rows(report.skipped, report.examples)
-    rows += [(f"left out: {each.chunk}", each.reason) for each in report.refused]
-    if report.chunks.quarantined > len(report.refused) > 0:
-        more = report.chunks.quarantined - len(report.refused)
-        rows.append(("left out", f"{more:,} more"))
-    if report.error:
-        rows.append(("error", report.error))
-    return rows
-
-
-def calls_text(calls: Calls) -> str:
-    """Calls with what became of them, in one line."""
-    total = calls.ok + calls.failed + calls.throttled + calls.split
-    named = {
-        "failed": calls.failed,
-        "throttled": calls.throttled,
-        "split": calls.split,
-        "retried": calls.retried,
-    }
-    parts = [f"{count:,} {name}" for name, count in named.items() if count]
-    return f"{total:,}" + (f" ({', '.join(parts)})" if parts else "")
-
-
-def sending_rows(report: RunReport) -> list[Row]:
-    """How well the account and the connections were used, as label and value."""
-    used = report.throughput.limit_used_fraction
-    rows = [
-        (
-            "throughput",
-            f"{report.throughput.chunks_per_second:,.0f} texts/s, "
-            f"{report.throughput.tokens_per_second:,.0f} tokens/s"
-            + (f", {used:.0%} of the account's limit" if used is not None else ""),
-        ),
-        (
-            "latency",
-            (
-                f"{report.latency_ms.p50:,.0f} ms median, {report.latency_ms.p95:,.0f} p95, "
-                f"{report.latency_ms.p99:,.0f} p99"
-            ),
-        ),
-        (
-            "in flight",
-            (
-                f"{report.concurrency.reached} at most of {report.concurrency.limit}, "
-                f"slots busy {report.concurrency.busy_fraction:.0%}"
-            ),
-        ),
-    ]
-    waits = {cause: seconds for cause, seconds in report.waited_seconds.items() if seconds >= 1}
-    if waits:
-        longest = sorted(waits.items(), key=lambda item: -item[1])
-        rows.append(("waited for", ", ".join(f"{cause} {s:,.0f} s" for cause, s in longest)))
-    return rows
-
-
 def prepend_rows(names: Sequence[str]) -> list[Row]:
     """What stands in front of texts: why one counts as another that reads as before."""
     if not names:
@@ -120,7 +38,7 @@ def prepend_rows(names: Sequence[str]) -> list[Row]:
     return [("in front of texts", f"{', '.join(names)} ({what} makes a new text)")]
 
 
-def skipped_rows(skipped: dict[str, int], examples: dict[str, list[str]]) -> list[Row]:
+def skipped_rows(skipped: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> list[Row]:
     """What was left out, as label and value."""
     rows = []
     for reason, count in sorted(skipped.items()):
@@ -131,16 +49,69 @@ def skipped_rows(skipped: dict[str, int], examples: dict[str, list[str]]) -> lis
     return rows
 
 
-def as_text(rows: Sequence[Row]) -> str:
-    """Rows as aligned lines."""
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
+def as_text(*groups: Sequence[Row]) -> str:
+    """Rows as aligned lines, an empty line between groups; a label too long stands out."""
+    lengths = [len(label) for rows in groups for label, _ in rows]
+    width = max((length for length in lengths if length <= LONGEST_LABEL), default=0)
+    return "\n\n".join(
+        "\n".join(f"  {label:<{width}}  {value}" for label, value in rows) for rows in groups
+    )
 
 
 def as_markdown(title: str, sentence: str, rows: Sequence[Row]) -> str:
     """Rows as a Markdown table under a title and a sentence."""
-    lines = [f"| {label} | {_cell(value)} |" for label, value in rows]
-    return "\n".join([f"## {title}", "", sentence, "", "| | |", "|---|---|", *lines])
+    return "\n".join([f"## {literal(title)}", "", literal(sentence), "", *table_lines(rows)])
+
+
+def table_lines(rows: Sequence[Row]) -> list[str]:
+    """Rows as the lines of a Markdown table."""
+    lines = [f"| {literal(label)} | {literal(value)} |" for label, value in rows]
+    return ["| | |", "|---|---|", *lines]
+
+
+def literal(text: str) -> str:
+    """The text in one line of Markdown, where none of its characters means anything."""
+    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
+    return _MEANING.sub(r"\\\g<0>", line)
+
+
+def one_line(text: str) -> str:
+    """The text in one line that every terminal and page can show."""
+    if not text.isprintable():
+        text = "".join(each if each.isprintable() else " " for each in text)
+    return " ".join(text.split())
+
+
+def cut(text: str, most: int) -> str:
+    """The text in one line, and at most so many characters of it: its beginning and its end."""
+    line, end = one_line(text), most // 3
+    return line if len(line) <= most else f"{line[: most - end - 1]}…{line[-end:]}"
+
+
+def figure(value: float) -> str:
+    """A number as exact as it is worth: 1,234, 56, 7.8, 0.012."""
+    if value >= 9.95 or not value:  # noqa: PLR2004 - from here on it is rounded to two digits
+        return f"{value:,.0f}"
+    return f"{value:.2g}" if value >= 1e-4 else f"{value:.1e}"  # noqa: PLR2004
+
+
+def percent_text(share: float, *, beside: float | None = None) -> str:
+    """A share of 1 in per cent; a little is not 0%, and not all is not 100%.
+
+    Args:
+        share: 0 to 1.
+        beside: It is compared with this one, and must read as above or below it where it is.
+    """
+    if beside is not None:
+        for decimals in range(1, 8):
+            text = f"{share:.{decimals}%}"
+            reads = float(text[:-1])
+            if all(reads != edge or 100 * share == edge for edge in (0, 100 * beside, 100)):
+                return text
+    for edge, text in ((0.0, "under 1%"), (1.0, "over 99%")):
+        if 0 < abs(share - edge) < 0.005:  # noqa: PLR2004 - half a per cent
+            return text
+    return f"{share:.0%}"
 
 
 ENDED = {
@@ -167,7 +138,8 @@ def headline(report: RunReport) -> str:
     if report.incomplete:
         left_out += " Something could not be read; its rows stay as they were."
     if report.published == "none":
-        sentence = f"{report.name}: nothing changed, nothing embedded, no new version."
+        embedded = f"{report.texts.embedded:,} texts" if report.texts.embedded else "nothing"
+        sentence = f"{report.name}: nothing changed, {embedded} embedded, no new version."
         return sentence + left_out
     changed = report.chunks.added + report.chunks.changed + report.chunks.moved
     sentence = (
@@ -195,32 +167,30 @@ def cost_text(cost: Cost) -> str:
     return f"{usd_text(cost.usd)}{without}" + (f" (saved: {', '.join(parts)})" if parts else "")
 
 
+def calls_text(calls: Calls) -> str:
+    """Calls with what became of them, in one line."""
+    total = calls.ok + calls.failed + calls.throttled + calls.split
+    named = {
+        "failed": calls.failed,
+        "throttled": calls.throttled,
+        "split": calls.split,
+        "retried": calls.retried,
+    }
+    parts = [f"{count:,} {name}" for name, count in named.items() if count]
+    return f"{total:,}" + (f" ({', '.join(parts)})" if parts else "")
+
+
 def span_text(seconds: float) -> str:
-    """A span of time as people say it: 40 ms, 3.2 s, 43 min, 2 h 5 min."""
+    """A span of time as people say it: 40 ms, 3.2 s, 1 min 55 s, 43 min, 2 h 5 min."""
     if seconds < 0.1:  # noqa: PLR2004
         return f"{seconds * 1000:.0f} ms" if seconds >= 1e-3 else "under 1 ms"  # noqa: PLR2004
     if seconds < 90:  # noqa: PLR2004
         return f"{seconds:.1f} s"
+    if seconds < 599.5:  # noqa: PLR2004
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     minutes = round(seconds / 60)
     if minutes < 90:  # noqa: PLR2004
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-
-
-def time_text(seconds: Seconds) -> str:
-    """Wall time with its largest parts."""
-    stages = seconds.model_dump(exclude={"total"})
-    longest = sorted(stages.items(), key=lambda item: -item[1])[:3]
-    parts = ", ".join(f"{name} {value:.1f} s" for name, value in longest if value >= 0.05)  # noqa: PLR2004
-    return f"{seconds.total:.1f} s" + (f" ({parts})" if parts else "")
-
-
-def _generation(report: RunReport) -> str:
-    if report.published == "none":
-        return f"{report.generation} (unchanged, no new version)"
-    return str(report.generation)
-
-
-def _cell(value: str) -> str:
-    return value.replace("|", "\\|").replace("\n", "<br>")

@@ -90,6 +90,22 @@ def test_what_prefect_logs_goes_to_a_file(home: Path) -> None:
     assert "Finished in state Completed()" in logs[0].read_text(encoding="utf-8")
 
 
+def test_a_report_named_like_a_page_is_one(home: Path) -> None:
+    another = ["--set", "index.table=page", "--set", "limits.texts_per_request=1"]
+    another += ["--set", "state.uri=./page"]  # where nothing is known yet
+    done = embed_once("reindex", "birds.yaml", *another, "--report", "run.HTML", cwd=home)
+    assert done.returncode == 0, done.stderr
+    page = (home / "run.HTML").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert re.findall("<title>(.*?)</title>", page) == [
+        "birds",
+        "Tokens per second",
+        "Milliseconds a call took, by when it was sent",
+        "Time by stage",
+    ]
+    assert f"<p>{done.stdout.splitlines()[0]}</p>" in page
+
+
 def test_the_report_file_holds_what_the_contract_names(home: Path) -> None:
     report = json.loads((home / "first.json").read_text(encoding="utf-8"))
     assert report["chunks"] == {

@@ -85,7 +85,7 @@ def test_it_says_whether_the_budget_is_enough(config: Path) -> None:
     ("seconds", "said"),
     [
         (0.0004, "under 1 ms"), (0.04, "40 ms"), (0.1, "0.1 s"), (89.9, "89.9 s"),
-        (90, "2 min"), (2580, "43 min"), (5369, "89 min"),
+        (90, "1 min 30 s"), (239.8, "4 min"), (599.6, "10 min"), (2580, "43 min"), (5369, "89 min"),
         (5400, "1 h 30 min"), (7500, "2 h 5 min"), (86_400, "24 h"),
     ],
 )  # fmt: skip

@@ -4,22 +4,29 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+from prefect.artifacts import update_progress_artifact
 
 from flows.reindex import reindex, run
 from tasks.budget import usd_text
+from tasks.cache import Cache
 from tasks.errors import BudgetReached, EmbedOnceError, SettingsError
 from tasks.form import Overrides
 from tasks.index import open_index
+from tasks.keys import hash_column, text_hash
 from tasks.ledger import Ledger
 from tasks.params import load_config
 from tasks.plan import make_plan, plan_rows
 from tasks.quarantine import quarantined
+from tasks.schemas import vectors_schema
 from tasks.search import search
 from tasks.simulator import Rule, Settings, Simulator
+from tasks.survey import Survey, require_safe
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
@@ -422,3 +429,56 @@ def test_bits_are_indexed_and_found_by_hamming_distance(home: Home) -> None:
     search(config, "trains in cities", 1)
     assert home.ledger_tokens == home.billed > before + 1
     assert home.reindex(*settings).published == "none"
+
+
+def test_progress_never_goes_back_and_ends_where_the_run_does(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["POISON", *words(200)]
+    home.simulator.add(POISON)
+    home.write(texts)
+    shown, update = list[float](), update_progress_artifact
+
+    def meanwhile(found: Survey, overrides: Overrides) -> None:
+        """One text leaves the corpus, and another run pays for twenty."""
+        require_safe(found, overrides)
+        home.write(texts[:-1])
+        flat = pa.array(np.full(20 * 256, 1 / 16, np.float32))
+        columns = [
+            hash_column([text_hash(each) for each in texts[30:50]]),
+            pa.FixedSizeListArray.from_arrays(flat, 256),
+        ]
+        space = found.provider.space
+        schema = vectors_schema(space.vector_type)
+        Cache(found.config.state.uri, space).remember(
+            [pa.Table.from_arrays(columns, schema=schema)]
+        )
+
+    def seen(artifact_id: UUID, progress: float) -> None:
+        shown.append(progress)
+        update(artifact_id, progress)
+
+    monkeypatch.setattr("flows.reindex.require_safe", meanwhile)
+    monkeypatch.setattr("tasks.artifacts.update_progress_artifact", seen)
+    monkeypatch.setattr("tasks.artifacts.UPDATE_S", 0.0)
+    report = home.reindex()
+    assert (report.texts.embedded, report.known_texts, report.refused_texts) == (179, 20, 1)
+    assert shown == sorted(set(shown))
+    assert len(shown) > 5
+    assert shown[-1] == 100
+
+
+def test_progress_of_a_run_that_fails_stays_where_it_was(
+    home: Home, at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.write(words(100))
+    home.simulator.add(Rule(marker="number 70 ", status=403))
+    shown = list[float]()
+    monkeypatch.setattr(
+        "tasks.artifacts.update_progress_artifact", lambda _, progress: shown.append(progress)
+    )
+    with pytest.raises(EmbedOnceError):
+        home.reindex()
+    assert shown
+    assert 20 <= shown[-1] < 100
+    assert shown == sorted(set(shown))
