@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +20,10 @@ from tasks.history import history
 from tasks.params import load_config
 from tasks.simulator import Latency, Settings, Simulator
 
+CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
+QUIET = ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
+"""Chromium would call home, which not every machine lets it."""
+PATIENCE_MS = 30_000
 ENDS = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
@@ -243,3 +248,36 @@ state: {{uri: ./state}}
 def birds(tmp_path: Path) -> Iterator[Birds]:
     with Simulator(Settings(latency=Latency(base_s=1))) as simulator:
         yield Birds(tmp_path, simulator)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A browser without a window."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the group `browser`")
+    if not CHROMIUM.exists():
+        pytest.skip(f"needs Chromium at {CHROMIUM}, or its path in CHROMIUM")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(
+            executable_path=str(CHROMIUM),
+            args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync", *QUIET],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=["light", "dark"])
+def page(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A fresh page; what it shows at the end is kept as a picture where SCREENSHOTS names."""
+    opened = chromium.new_page(viewport={"width": 1400, "height": 1400}, color_scheme=request.param)
+    opened.set_default_timeout(PATIENCE_MS)
+    yield opened
+    if folder := os.environ.get("SCREENSHOTS"):
+        name = re.sub(r"\W+", "-", request.node.name).strip("-")
+        opened.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def served_class() -> type[Served]:
+    """For a server that was started in another way."""
+    return Served

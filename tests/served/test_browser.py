@@ -1,9 +1,5 @@
 """The pages of Prefect's UI, in a real browser: a run is started, approved and read there."""
 
-import os
-import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,38 +7,6 @@ import pytest
 from tasks.simulator import Latency
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
-QUIET = ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
-"""Chromium would call home, which not every machine lets it."""
-PATIENCE_MS = 30_000
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """A browser without a window."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the group `browser`")
-    if not CHROMIUM.exists():
-        pytest.skip(f"needs Chromium at {CHROMIUM}, or its path in CHROMIUM")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(
-            executable_path=str(CHROMIUM),
-            args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync", *QUIET],
-        )
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(params=["light", "dark"])
-def page(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A fresh page; what it shows at the end is kept as a picture where SCREENSHOTS names."""
-    opened = chromium.new_page(viewport={"width": 1400, "height": 1400}, color_scheme=request.param)
-    opened.set_default_timeout(PATIENCE_MS)
-    yield opened
-    if folder := os.environ.get("SCREENSHOTS"):
-        name = re.sub(r"\W+", "-", request.node.name).strip("-")
-        opened.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
-    opened.close()
 
 
 def address(served: Any, ui: str, path: str) -> str:
