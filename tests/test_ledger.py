@@ -208,7 +208,7 @@ def test_a_run_tells_its_failures_waits_and_savings(
     below = " ".join(" ".join(details).split())
     assert below == (
         "run run-1; texts embedded: 2, calls: 5 (1 failed, 1 throttled, 1 split, 1 retried); "
-        "waited for: requests per minute 2 min, tokens per minute 2.0 s; "
+        "waited for: requests per minute 1 min 30 s, tokens per minute 2.0 s; "
         "saved: unchanged $0.5000, cache $0.000020"
     )
     other = dataclasses.replace(about, run_id="run-2", model="lexical/lexical")

@@ -413,7 +413,8 @@ def test_a_plan_loads_no_library_of_models(configured: Configure, model: Path) -
     file = str(Path(configured(model).index.uri).parent / "local.yaml")
     script = (
         "import sys\n"
-        "from tasks.params import Overrides, load_config\n"
+        "from tasks.form import Overrides\n"
+        "from tasks.params import load_config\n"
         "from tasks.plan import make_plan\n"
         f"plan = make_plan(load_config({file!r}), Overrides())\n"
         "heavy = {'torch', 'transformers', 'sentence_transformers', 'prefect'} & set(sys.modules)\n"

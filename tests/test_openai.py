@@ -901,7 +901,7 @@ def test_a_plan_needs_no_key_no_server_and_no_sdk(
         ).model_dump_json()
     )
     code = (
-        "import sys; from tasks.params import load_config, Overrides; "
+        "import sys; from tasks.params import load_config; from tasks.form import Overrides; "
         "from tasks.plan import make_plan; "
         "plan = make_plan(load_config(sys.argv[1]), Overrides()); "
         "assert plan.cost.usd > 0 and plan.usd_batch_lane == plan.cost.usd / 2; "

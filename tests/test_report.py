@@ -56,6 +56,7 @@ def report(**changes: Any) -> RunReport:
         ),
         "texts": Texts(unique=1000, from_cache=50, embedded=800),
         "known_texts": 200,
+        "model": "voyage/voyage-4",
         "calls": Calls(ok=40, throttled=2),
         "tokens": Tokens(estimated=41_000, billed=40_000),
         "cost": Cost(
