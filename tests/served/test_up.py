@@ -157,8 +157,8 @@ def test_a_newcomer_starts_a_run_in_the_browser_and_reads_its_report(up: Any, pa
     assert ended["state_name"] == "Completed", ended["state"]
     page.goto(f"{up.url}/runs/flow-run/{newest['id']}")
     page.get_by_text("Completed").first.wait_for()
-    artifact = up("artifacts/report-demo/latest", "GET")["id"]
-    page.goto(f"{up.url}/artifacts/artifact/{artifact}")
+    page.goto(f"{up.url}/artifacts/key/report-demo")
+    page.get_by_role("link", name=re.compile(r"^[0-9a-f]{8}$")).first.click()  # the newest
     page.get_by_text("demo: generation 1 published").first.wait_for()
 
 
