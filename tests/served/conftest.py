@@ -127,6 +127,16 @@ class Served:
         return str(self(f"artifacts/{key}/latest", "GET")["data"])
 
     @staticmethod
+    def submit(page: Any) -> None:
+        """Send the form of a run; once more where SQLite was locked, and the page says "Oops"."""
+        for _ in range(5):
+            page.get_by_role("button", name="Submit").click()
+            with contextlib.suppress(Exception):
+                page.wait_for_url(lambda url: not url.endswith("/run"), timeout=10_000)
+                return
+        raise AssertionError(page.inner_text("body"))
+
+    @staticmethod
     def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
         """What `condition` returns once it holds."""
         deadline = time.monotonic() + seconds

@@ -1,6 +1,5 @@
 """The pages of Prefect's UI, in a real browser: a run is started, approved and read there."""
 
-import contextlib
 import re
 from typing import Any
 
@@ -34,20 +33,10 @@ def test_a_newcomer_fills_the_form_and_starts_a_run(
     order = ["Narrower source path", "Maximum price", "Approval threshold", "Further settings"]
     assert sorted(order, key=labels.index) == order
     page.locator("textarea").first.fill(str(birds.config))
-    submit(page)
+    served.submit(page)
     served.wait_for(birds.runs, seconds=180)
     (told,) = birds.runs()
     assert (told["state"], told["texts.embedded"]) == ("completed", birds.texts)
-
-
-def submit(page: Any) -> None:
-    """Send the form; once more where SQLite was locked, and the page says "Oops"."""
-    for _ in range(5):
-        page.get_by_role("button", name="Submit").click()
-        with contextlib.suppress(Exception):
-            page.wait_for_url(lambda url: not url.endswith("/run"), timeout=10_000)
-            return
-    raise AssertionError(page.inner_text("body"))
 
 
 @pytest.mark.parametrize("page", ["light"], indirect=True)

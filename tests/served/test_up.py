@@ -146,7 +146,7 @@ def test_a_newcomer_starts_a_run_in_the_browser_and_reads_its_report(up: Any, pa
     page.get_by_label("Narrower source path").or_(page.locator("textarea").nth(1)).first.fill(
         "README.md"
     )
-    page.get_by_role("button", name="Submit").click()
+    up.submit(page)
 
     def started() -> Any:
         runs = up("flow_runs/filter")
