@@ -6,13 +6,10 @@ import sys
 
 from tasks.approval import ceiling, not_approved, question
 from tasks.budget import usd_text
-from tasks.form import Overrides
+from tasks.form import UNASKED, Overrides
 from tasks.params import Config
 from tasks.plan import make_plan, plan_rows
 from tasks.summary import as_text
-
-UNASKED = "budget.approve_above_usd=null"
-"""The setting of a run that a person has approved."""
 
 
 def approved(config: Config, overrides: Overrides) -> Overrides:
@@ -37,10 +34,10 @@ def approved(config: Config, overrides: Overrides) -> Overrides:
         if answer in {"", "n", "no"}:
             raise not_approved(planned, "It was not approved.")
         with contextlib.suppress(ValueError):
-            most = most if answer in {"y", "yes"} else float(answer.removeprefix("$"))
-            if 0 < most < math.inf:
+            named = most if answer in {"y", "yes"} else float(answer.removeprefix("$"))
+            if 0 < named < math.inf:
                 break
         print(f"{answer!r} is neither y, n nor a price.", file=sys.stderr)
     return overrides.model_copy(
-        update={"max_usd": most, "settings": [*overrides.settings, UNASKED]}
+        update={"max_usd": named, "settings": [*overrides.settings, UNASKED]}
     )

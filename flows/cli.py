@@ -6,13 +6,16 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.prefect_server import have_server
 from flows.terminal import CANCELLED, SIGNALS_HERE, bar_on, prefect_log
 from tasks.errors import UNFORESEEN, EmbedOnceError, SettingsError
+
+if TYPE_CHECKING:
+    from tasks.report import RunReport
 
 INCOMPLETE = 3
 FOUND = 5
@@ -61,9 +64,7 @@ def reindex(  # noqa: PLR0917 - an argument an option
     ] = None,
 ) -> None:
     """Bring the index in step with the corpus: plan, embed, publish, report."""
-    from tasks.faces import html  # noqa: PLC0415
-    from tasks.form import Overrides, configured  # noqa: PLC0415
-    from tasks.ledger import Ledger  # noqa: PLC0415
+    from tasks.form import UNASKED, Overrides, configured  # noqa: PLC0415
     from tasks.sections import sections  # noqa: PLC0415
     from tasks.storage import local_folder  # noqa: PLC0415
     from tasks.summary import as_text, headline  # noqa: PLC0415
@@ -74,7 +75,7 @@ def reindex(  # noqa: PLR0917 - an argument an option
         narrow=narrow,
         accept_splitter=accept_splitter,
         retry_quarantined=retry_quarantined,
-        settings=[*settings, "budget.approve_above_usd=null"] if yes else settings,
+        settings=[*settings, UNASKED] if yes else settings,
     )
     loaded = configured(config, overrides)
     require_runnable(loaded, overrides)  # a mistake is told before Prefect is started
@@ -86,14 +87,15 @@ def reindex(  # noqa: PLR0917 - an argument an option
         have_server()
         from flows.reindex import run  # noqa: PLC0415
 
-        done = run(config, overrides)
+        try:
+            done = run(config, overrides)
+        except EmbedOnceError as error:
+            if "report" in error.facts:
+                _write_report(report, error.facts["report"], loaded.state.uri)
+            raise
     print(headline(done))
     print(as_text(*(section.rows for section in sections(done))))
-    if report is not None and report.suffix.lower() == ".html":
-        calls = Ledger(loaded.state.uri).calls_of(done.run_id)
-        _write(report, html(done, sections(done, calls)))
-    else:
-        _write(report, done.model_dump_json(indent=2))
+    _write_report(report, done, loaded.state.uri)
     if done.incomplete:
         print("Something could not be read; see `skipped` above.", file=sys.stderr)
     if done.chunks.quarantined:
@@ -348,14 +350,27 @@ def main() -> None:
 
 
 def _require_file(path: Path | None) -> None:
-    """See before anything starts that a report can be written to `path`."""
+    """See before anything starts that `path` can be written, and leave nothing old in it."""
     if path is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
+        path.write_bytes(b"")
     except OSError as error:
         raise SettingsError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _write_report(path: Path | None, done: "RunReport", state_uri: str) -> None:
+    """The report as a page if the file is called so, else its numbers as JSON."""
+    from tasks.faces import html  # noqa: PLC0415
+    from tasks.ledger import Ledger  # noqa: PLC0415
+    from tasks.sections import sections  # noqa: PLC0415
+
+    if path is not None and path.suffix.lower() == ".html":
+        calls = Ledger(state_uri).calls_of(done.run_id)
+        _write(path, html(done, sections(done, calls)))
+    else:
+        _write(path, done.model_dump_json(indent=2))
 
 
 def _write(path: Path | None, text: str) -> None:

@@ -8,6 +8,7 @@ from uuid import UUID
 
 from httpx import HTTPError
 from prefect import get_run_logger
+from prefect.client.orchestration import get_client
 from prefect.exceptions import FlowPauseTimeout, NotPausedError
 from prefect.flow_runs import pause_flow_run, resume_flow_run
 from prefect.input import RunInput
@@ -17,6 +18,7 @@ from pydantic import Field
 from tasks.approval import ceiling, not_approved, question
 from tasks.artifacts import publish_plan
 from tasks.budget import usd_text
+from tasks.errors import EmbedOnceError
 from tasks.form import Overrides
 from tasks.params import Config
 from tasks.plan import Plan, plan_of
@@ -66,7 +68,14 @@ def approved(plan: Plan, settings: Config, run_id: str) -> Config:
         NotApproved: They rejected it or did not answer in time, or there is nobody to ask.
     """
     if deployment.id is None:
-        raise not_approved(plan, "Run with --yes to approve it, or raise that.")
+        raise not_approved(plan, "Approve it with --yes, or raise budget.approve_above_usd.")
+    if _limited(deployment.id):
+        raise not_approved(
+            plan,
+            "It cannot wait for approval: its deployment has a concurrency_limit, whose slot "
+            "Prefect takes from a run that pauses, to end it minutes later. Remove that limit; the "
+            "lock of the index keeps runs apart.",
+        )
     publish_plan(plan)
     answer = _answer(plan, settings.budget.approval_timeout, run_id)
     if answer.decision == "reject":
@@ -75,6 +84,12 @@ def approved(plan: Plan, settings: Config, run_id: str) -> Config:
         update={"max_usd": answer.max_usd, "approve_above_usd": None}
     )
     return settings.model_copy(update={"budget": budget})
+
+
+def _limited(deployment_id: str) -> bool:
+    """Whether runs of the deployment hold a slot, with a lease that a pause revokes."""
+    with get_client(sync_client=True) as client:
+        return client.read_deployment(UUID(deployment_id)).global_concurrency_limit is not None
 
 
 class Approval(RunInput):
@@ -129,6 +144,11 @@ another maximum. Unanswered, the run ends after {span_text(timeout_s)} and spend
             )
         except FlowPauseTimeout:
             unanswered.set()
+        except HTTPError as error:
+            raise EmbedOnceError(
+                f"Prefect's server went away while this run waited for approval ({error}). Nothing "
+                "was spent. Run it again."
+            ) from None
     if unanswered.is_set():
         raise not_approved(plan, f"Nobody answered within {span_text(timeout_s)}.")
     return answer
@@ -143,15 +163,17 @@ def _rejected_after(seconds: float) -> Iterator[threading.Event]:
     def reject() -> None:
         wait_s = seconds
         while not ended.wait(wait_s):
-            wait_s = LOOK_S
+            first, wait_s = not unanswered.is_set(), LOOK_S
+            unanswered.set()  # before the run can see the answer
             try:
                 resume_flow_run(run_id, {"decision": "reject", "max_usd": 1.0})
-            except NotPausedError:  # somebody has just answered
+            except NotPausedError:
+                if first:  # somebody has just answered; else it was a former try of ours
+                    unanswered.clear()
                 return
             except (RuntimeError, HTTPError) as error:
                 logger.warning("Prefect's server does not take the end of the pause: %s", error)
             else:
-                unanswered.set()
                 return
 
     threading.Thread(target=reject, name="approval timeout", daemon=True).start()

@@ -170,7 +170,10 @@ def _told_if_ended(about: About, folder: RunFolder, clock: Clock) -> Iterator[No
         yield
     except (EmbedOnceError, *ENDS) as end:
         with suppress(EmbedOnceError):  # then the next run tells of it
-            _close(ended_report(about, folder.calls(), *told(end), clock.total()), folder)
+            report = ended_report(about, folder.calls(), *told(end), clock.total())
+            if isinstance(end, EmbedOnceError):
+                end.facts["report"] = report
+            _close(report, folder)
         raise
 
 

@@ -27,9 +27,10 @@ def ceiling_usd(usd: float, max_usd: float | None) -> float:
 
 def question(plan: Plan) -> str:
     """Why a person is asked, in one sentence."""
+    free = plan.approve_above_usd or 0.0
     return (
-        f"This run would cost about {usd_text(plan.cost.usd)}, more than the "
-        f"{usd_text(plan.approve_above_usd or 0.0)} that budget.approve_above_usd allows unasked."
+        f"This run would cost about {usd_text(plan.cost.usd, free)}, more than the "
+        f"{usd_text(free, plan.cost.usd)} that budget.approve_above_usd allows unasked."
     )
 
 

@@ -8,23 +8,41 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
+from tasks.errors import ProviderBusy, ProviderError
+
 Bill = Callable[[int], None]
 """Is told how many tokens a call was billed."""
 
+MOST_DECIMALS = 12
 LOOK_S = 0.5
 """So often a call that waits for the bill of another one looks whether the run goes on."""
 
 
-def usd_text(usd: float) -> str:
-    """A price with four decimals, or as many as show what it is: $1.2500, $0.000020."""
+def usd_text(usd: float, beside: float | None = None) -> str:
+    """A price with four decimals, or as many as show what it is: $1.2500, $0.000020.
+
+    Args:
+        usd: The price.
+        beside: Another one that it is compared with; it gets as many as tell the two apart.
+    """
     decimals = 4 if usd <= 0 else max(4, 1 - math.floor(math.log10(usd)))
+    while beside not in {None, usd} and decimals < MOST_DECIMALS:
+        if f"{usd:.{decimals}f}" != f"{beside:.{decimals}f}":
+            break
+        decimals += 1
     return f"${usd:,.{decimals}f}"
+
+
+def may_be_charged(error: ProviderError) -> bool:
+    """Whether a call that ended so may stand on the bill: it was sent, and no reply came."""
+    return type(error) is ProviderBusy and "status" not in error.facts
 
 
 class Budget:
     """What a run may still spend, at list price. Serves many threads.
 
-    Calls in flight count as spent, by their estimates, until their bill is known.
+    Calls in flight count as spent, by their estimates, until their bill is known; so does a call
+    whose answer was lost, as it may have been charged.
 
     Attributes:
         max_usd: Most that the run may cost; None: no limit.
@@ -44,7 +62,7 @@ class Budget:
     @property
     def told(self) -> str:
         """The most it may cost, for people."""
-        return "no limit" if self.max_usd is None else usd_text(self.max_usd)
+        return usd_text(self.max_usd or 0.0)
 
     @property
     def tokens_left(self) -> int | None:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.budget import Bill
+from tasks.budget import Bill, may_be_charged
 from tasks.claims import Standing
 from tasks.errors import (
     AnswerRejected,
@@ -265,7 +265,7 @@ class _Embedding:
     def _call(self, texts: list[str], cause: str, turn: _Turn) -> tuple[Vectors, Call]:
         """One call to the provider, and its entry for the ledger, written down if it failed."""
         started_at, started = datetime.now(tz=UTC).isoformat(), time.perf_counter()
-        status, vectors, billed, request_id = "unforeseen", None, 0, ""
+        status, vectors, billed, request_id, lost = "unforeseen", None, 0, "", False
         try:
             answer = self._provider.embed(texts)
             billed, request_id = answer.billed_tokens, answer.request_id
@@ -273,7 +273,7 @@ class _Embedding:
             vectors = checked_vectors(answer, len(texts), self._provider)
             status = "ok"
         except ProviderError as error:
-            status = type(error).__name__
+            status, lost = type(error).__name__, may_be_charged(error)
             billed = error.facts.get("billed_tokens", billed)
             request_id = error.facts.get("request_id", request_id)
             raise
@@ -297,7 +297,7 @@ class _Embedding:
                 model=self._provider.space.model_name,
                 index=self._terms.index,
             )
-            turn.bill(billed or (turn.tokens if status == "ok" else 0))  # 0 may be charged too
+            turn.bill(billed or turn.tokens * (lost or status == "ok"))  # 0 may be charged too
             self._sender.calls[self._batch.number].append(call)
             if vectors is None:
                 self._folder.note(call)

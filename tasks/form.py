@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.params import Config, load_config
 
+UNASKED = "budget.approve_above_usd=null"
+"""The setting of a run whose price a person has approved."""
+
 
 class Overrides(BaseModel):
     """What one run does otherwise than the config file says."""

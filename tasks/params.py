@@ -171,7 +171,7 @@ class BudgetSettings(Settings):
         gt=0,
         allow_inf_nan=False,
         description="Stop before the call that would make a run cost more US dollars; what was "
-        "paid for is kept, and the next run goes on. null: no limit.",
+        "paid for is kept, and the next run goes on; not for verify --sample. null: no limit.",
     )
     approve_above_usd: float | None = Field(
         default=None,

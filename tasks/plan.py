@@ -174,10 +174,11 @@ def plan_rows(plan: Plan) -> list[Row]:
     ]
     if plan.max_usd is not None:
         stops = "a run would stop at it" if plan.cost.usd > plan.max_usd else "enough"
-        rows.append(("budget", f"{usd_text(plan.max_usd)}: {stops}"))
+        rows.append(("budget", f"{usd_text(plan.max_usd, plan.cost.usd)}: {stops}"))
     if plan.approve_above_usd is not None:
         needed = "needed" if plan.needs_approval else "not needed"
-        rows.append(("approval", f"{needed}, up to {usd_text(plan.approve_above_usd)} is free"))
+        free = usd_text(plan.approve_above_usd, plan.cost.usd)
+        rows.append(("approval", f"{needed}, up to {free} goes unasked"))
     if plan.usd_batch_lane is not None:
         rows.append(("in the Batch lane", usd_text(plan.usd_batch_lane)))
     if plan.free_tokens:
@@ -186,8 +187,8 @@ def plan_rows(plan: Plan) -> list[Row]:
         least = f"{span_text(plan.seconds_at_limits)}, bound by {plan.bound_by}"
         if plan.next_tier:
             sooner = plan.seconds_at_next_tier
-            least += f"; tier {plan.next_tier} would take "
-            least += span_text(sooner) if sooner else "less than a minute"
+            least += f"; tier {plan.next_tier} would {'take ' if sooner else ''}"
+            least += span_text(sooner) if sooner else "wait for nothing"
         rows.append(("time at limits", least))
     elif plan.limited and plan.calls:
         rows.append(("time at limits", "none to wait: it is within a minute's quota"))

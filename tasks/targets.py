@@ -44,7 +44,9 @@ def _cached(report: RunReport) -> str:
         return "not applicable: no text came from the cache"
     each = 1000 * report.seconds.lookup / count
     met = _verdict(met=each < CACHED_MS)
-    return f"{met}: {figure(each)} ms, lookup by {count:,} texts from the cache"
+    near = each != CACHED_MS and figure(each) == figure(CACHED_MS)
+    shown = f"{each:.3f}" if near else figure(each)
+    return f"{met}: {shown} ms, lookup by {count:,} texts from the cache"
 
 
 def _busy(report: RunReport) -> str:

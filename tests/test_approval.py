@@ -140,6 +140,18 @@ def test_yes_approves_on_the_command_line(config: Path, simulator: Simulator) ->
     assert simulator.ledger.totals()["distinct_texts"] == TEXTS
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_server")
+def test_a_run_that_ends_early_reports_what_it_spent(config: Path) -> None:
+    (config.parent / "run.json").write_text('{"state": "completed"}')
+    little = ["--yes", "--set", "budget.max_usd=0.000005", "--set", "limits.texts_per_request=5"]
+    done = embed_once("reindex", "birds.yaml", *little, "--report", "run.json", cwd=config.parent)
+    assert done.returncode == 4, done.stderr
+    told = json.loads((config.parent / "run.json").read_text())
+    assert told["state"] == "over budget"
+    assert 0 < told["cost"]["usd"] <= 0.000005
+
+
 def typed(answers: Sequence[str], cwd: Path) -> tuple[int, str]:
     """What the command ends with and shows on a terminal where `answers` are typed."""
     process, terminal = pty.fork()
@@ -180,12 +192,14 @@ def test_on_a_terminal_a_person_is_asked(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("0.000005\n", 4), ("$1\n", 0)])
+@pytest.mark.parametrize(
+    ("answers", "code"), [(["-1\n", "y\n"], 0), (["0.000005\n"], 4), (["$1\n"], 0)]
+)
 @pytest.mark.usefixtures("with_server")
 def test_what_a_person_approves_is_the_most_it_costs(
-    config: Path, simulator: Simulator, answer: str, code: int
+    config: Path, simulator: Simulator, answers: list[str], code: int
 ) -> None:
-    ended, shown = typed([answer], config.parent)
+    ended, shown = typed(answers, config.parent)
     assert ended == code, shown
     totals = simulator.ledger.totals()
     assert totals["calls"] > 0

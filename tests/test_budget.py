@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.budget import Budget, usd_text
+from tasks.budget import LOOK_S, Budget, usd_text
 
 calls = st.lists(st.tuples(st.integers(1, 1000), st.none() | st.integers(0, 1000)), max_size=30)
 
@@ -54,8 +54,11 @@ def test_who_cannot_afford_a_call_waits_for_the_bills_of_others() -> None:
         assert budget.affords(np.array([60.0])) == 0
         thread = threading.Thread(target=lambda: waited.append(budget.wait_for_a_bill()))
         thread.start()
+        thread.join(LOOK_S / 5)
+        assert not waited  # no bill has come
         bill(40)
         thread.join()
+        assert waited == [True]
         assert budget.affords(np.array([60.0])) == 1
     assert not budget.wait_for_a_bill()
 
@@ -66,3 +69,8 @@ def test_who_cannot_afford_a_call_waits_for_the_bills_of_others() -> None:
 )
 def test_a_price_is_never_rounded_to_nothing(usd: float, said: str) -> None:
     assert usd_text(usd) == said
+
+
+def test_two_prices_that_are_compared_differ_in_words() -> None:
+    assert (usd_text(0.01004, 0.01), usd_text(0.01, 0.01004)) == ("$0.01004", "$0.01000")
+    assert (usd_text(1.0, 1.0), usd_text(2.0, 1.0)) == ("$1.0000", "$2.0000")

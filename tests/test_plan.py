@@ -38,7 +38,7 @@ def test_it_says_what_binds_and_what_the_next_tier_would_take(config: Path) -> N
     assert free.seconds_at_limits == 61 * (free.calls - 1)
     assert free.seconds_at_next_tier == 0
     said = dict(plan_rows(free))["time at limits"]
-    assert said.endswith("min, bound by tokens per minute; tier 1 would take less than a minute")
+    assert said.endswith("min, bound by tokens per minute; tier 1 would wait for nothing")
     slow = planned(config, "limits.requests_per_minute=10", "limits.texts_per_request=1")
     assert (slow.bound_by, slow.next_tier) == ("requests per minute", 0)
 
@@ -78,7 +78,8 @@ def test_it_says_whether_the_budget_is_enough(config: Path) -> None:
     usd = planned(config).cost.usd
     for most, said in ((usd * 1.01, "enough"), (usd * 0.99, "a run would stop at it")):
         rows = dict(plan_rows(planned(config, f"budget.max_usd={most:.9f}")))
-        assert rows["budget"] == f"{usd_text(most)}: {said}"
+        assert rows["budget"] == f"{usd_text(most, usd)}: {said}"
+        assert rows["budget"].split(":")[0] != usd_text(usd, most)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,17 @@ def test_a_run_takes_the_tokens_price_and_time_of_its_plan(home: Home) -> None:
     assert "first guess" not in dict(plan_rows(planned))["to embed"]
 
 
+@pytest.mark.usefixtures("at_once")
+def test_answers_that_are_lost_count_for_the_budget(home: Home) -> None:
+    home.write(words(40))
+    home.simulator.add(Rule(action="process_then_reset"))
+    most = 1.6 * make_plan(load_config(home.config), Overrides()).cost.usd
+    with pytest.raises(BudgetReached, match="0 texts of 40 are paid for"):
+        home.reindex(max_usd=most)
+    assert 0 < home.simulator.ledger.totals()["usd"] <= most
+    assert home.ledger_tokens == 0  # nobody has told us what they cost
+
+
 def test_a_plan_says_that_no_bill_has_taught_it(home: Home) -> None:
     home.write(words(20))
     first = make_plan(load_config(home.config), Overrides())

@@ -34,12 +34,25 @@ def test_the_form_of_an_ad_hoc_run_says_what_each_field_means(served: Any) -> No
     assert [field["position"] for field in overrides.values()] == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_the_nightly_run_is_scheduled_and_never_overlaps_itself(served: Any) -> None:
+def test_the_nightly_run_is_scheduled(served: Any) -> None:
     nightly = served("deployments/name/reindex/nightly", "GET")
     assert nightly["schedules"][0]["schedule"]["cron"] == "0 3 * * *"
     assert nightly["schedules"][0]["active"]
-    assert nightly["global_concurrency_limit"]["limit"] == 1
-    assert nightly["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+    weekly = served("deployments/name/verify/weekly", "GET")
+    assert weekly["global_concurrency_limit"]["limit"] == 1
+    assert weekly["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+
+
+def test_a_run_that_would_lose_its_slot_by_pausing_does_not_pause(served: Any, birds: Any) -> None:
+    pool = ["--pool", served.pool, "--concurrency-limit", "1"]
+    deploy = ["deploy", "flows/reindex.py:reindex", "--name", "limited", *pool]
+    served.prefect("--no-prompt", *deploy)
+    run = served.ended(
+        "reindex/limited", config=str(birds.config), overrides={"approve_above_usd": 1e-6}
+    )
+    assert run["state_name"] == "NotApproved"
+    assert "its deployment has a concurrency_limit" in run["state"]["message"]
+    assert birds.arrived == 0
 
 
 def test_an_ad_hoc_run_indexes_and_the_nightly_one_then_has_nothing_to_do(

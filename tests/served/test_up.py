@@ -59,7 +59,7 @@ class Up:
         self.process.send_signal(signal.SIGINT)
         return self.ended()
 
-    def ended(self, within_s: float = 100) -> int:
+    def ended(self, within_s: float = 200) -> int:
         """The exit code, once it has ended."""
         code = self.process.wait(within_s)
         self._reading.join(10)
