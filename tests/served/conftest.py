@@ -179,8 +179,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         Served.wait_for(lambda: answers(f"{env['PREFECT_API_URL']}/health"), seconds=300)
         yield env
     finally:
-        server.terminate()
-        server.wait(timeout=30)
+        end(server)
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +192,17 @@ def served(environment: dict[str, str], project: Path) -> Iterator[Served]:
     try:
         yield started
     finally:
-        worker.terminate()
-        try:
-            worker.wait(timeout=30)
-        except subprocess.TimeoutExpired:  # it ends by Ctrl-C, which a background job ignores
-            worker.kill()
-            worker.wait()
+        end(worker)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """End it, by force where it takes long or, as a background job, ignores Ctrl-C."""
+    process.terminate()
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 class Birds:
