@@ -10,7 +10,7 @@ from tasks.ledger import Ledger
 from tasks.notes import OUTCOMES
 from tasks.params import Config, Engine
 from tasks.report import Calls
-from tasks.summary import calls_text, span_text
+from tasks.summary import ENDED, calls_text, span_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,7 +142,7 @@ def as_lines(frame: "pd.DataFrame", last: int | None = SHOWN) -> str:
     models = {model for model in frame.get("model", ()) if isinstance(model, str)} - {""}
     older = 0 if last is None else max(0, len(frame) - last)
     for row in frame.iloc[older:].to_dict("records"):
-        told = row["state"] not in {"failed", "died", "cancelled", "over budget", "not approved"}
+        told = row["state"] not in ENDED
         cells = [
             str(row["generation"]) if row["published"] != "none" else "-",
             row["readers"],

@@ -86,7 +86,7 @@ def _changed(report: RunReport) -> tuple[Row, ...]:
     if report.generation:
         same = " (unchanged, no new version)" if report.published == "none" else ""
         rows.append(("generation", f"{report.generation:,}{same}"))
-    if report.state in ENDED or report.state == "died":
+    if report.state in ENDED:
         return tuple(rows)
     counted = chunk_rows(report.chunks)
     rows += [row for row in counted if row[0] == "chunks" or row[1] != "0"]

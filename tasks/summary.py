@@ -119,6 +119,7 @@ ENDED = {
     "over budget": ("stopped at its budget; the index is as it was, what was paid for is kept."),
     "not approved": "not approved; the index is as it was, nothing was spent.",
     "cancelled": "cancelled; the index is as it was, what was paid for is kept.",
+    "died": "ended without a word; what was paid for is kept.",
 }
 """What is said of runs that ended early, by their state."""
 
