@@ -1,9 +1,10 @@
 """Verify: index, cache and corpus held against each other, and mended where that is free."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow
 from prefect.states import Completed
+from pydantic import Field
 
 from tasks.artifacts import publish_verified
 from tasks.findings import headline
@@ -19,7 +20,7 @@ FOUND = "Found"
 def verify(
     config: str,
     repair: bool = False,
-    sample: int | None = None,
+    sample: Annotated[int, Field(ge=0)] | None = None,
     settings: list[str] = [],  # noqa: B006
 ) -> Any:
     """Hold index, cache and corpus against each other.
