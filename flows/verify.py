@@ -20,7 +20,7 @@ FOUND = "Found"
 def verify(
     config: str,
     repair: bool = False,
-    sample: Annotated[int, Field(ge=0)] | None = None,
+    sample: Annotated[int, Field(ge=0)] = 0,
     settings: list[str] = [],  # noqa: B006
 ) -> Any:
     """Hold index, cache and corpus against each other.
@@ -28,15 +28,15 @@ def verify(
     Args:
         config: Path of the YAML file that describes the corpus and its index.
         repair: Mend what can be mended at no cost, as one new generation of the index.
-        sample: Texts to embed again, to see whether their vectors are right. Empty: a few where
-            that costs nothing, else none.
+        sample: Texts to embed again, to see whether their vectors are right. 0: a few where that
+            costs nothing, else none.
         settings: Config values as key=value, one an item, say index.max_deleted_fraction=1.
 
     Returns:
         What was seen, a `Verified`; also an artifact of the run.
     """
     loaded = load_config(config, settings)
-    verified = mend(loaded, sample) if repair else look(loaded, sample)
+    verified = (mend if repair else look)(loaded, sample or None)
     publish_verified(verified)
     if verified.clean:
         return verified

@@ -34,6 +34,17 @@ def test_the_form_of_an_ad_hoc_run_says_what_each_field_means(served: Any) -> No
     assert [field["position"] for field in overrides.values()] == [0, 1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("name", ["plan/ad-hoc", "verify/weekly", "maintain/weekly"])
+def test_every_field_of_a_form_has_one_type_and_says_what_it_is(served: Any, name: str) -> None:
+    schema = served(f"deployments/name/{name}", "GET")["parameter_openapi_schema"]
+    fields = schema["properties"] | schema.get("definitions", {}).get("Overrides", {}).get(
+        "properties", {}
+    )
+    assert all(field.get("description") for field in fields.values())
+    # Prefect's forms show a union as a choice between the names of Python's types.
+    assert not any("anyOf" in field for field in fields.values())
+
+
 def test_the_nightly_run_is_scheduled(served: Any) -> None:
     nightly = served("deployments/name/reindex/nightly", "GET")
     assert nightly["schedules"][0]["schedule"]["cron"] == "0 3 * * *"
