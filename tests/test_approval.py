@@ -5,7 +5,7 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ index: {{uri: ./index, table: birds}}
 state: {{uri: ./state}}
 """
 TEXTS = 40
+Typed = Callable[[Sequence[str]], tuple[int, str]]
 
 
 @pytest.fixture
@@ -152,13 +153,18 @@ def test_a_run_that_ends_early_reports_what_it_spent(config: Path) -> None:
     assert 0 < told["cost"]["usd"] <= 0.000005
 
 
-def typed(answers: Sequence[str], cwd: Path) -> tuple[int, str]:
-    """What the command ends with and shows on a terminal where `answers` are typed."""
+@pytest.fixture
+def typed(python: list[str], config: Path) -> Typed:
+    """What the command ends with and shows on a terminal where such answers are typed."""
+    return lambda answers: _typed(python, answers, config.parent)
+
+
+def _typed(python: list[str], answers: Sequence[str], cwd: Path) -> tuple[int, str]:
     process, terminal = pty.fork()
     if not process:
         os.chdir(cwd)
-        command = [sys.executable, "-m", "flows.cli", "reindex", "birds.yaml"]
-        os.execv(sys.executable, command)  # noqa: S606 - there is none to quote for
+        command = [*python, "-m", "flows.cli", "reindex", "birds.yaml"]
+        os.execv(command[0], command)  # noqa: S606 - there is none to quote for
     shown, left = b"", list(answers)
     while True:
         try:
@@ -182,9 +188,9 @@ def typed(answers: Sequence[str], cwd: Path) -> tuple[int, str]:
     ],
 )
 def test_on_a_terminal_a_person_is_asked(
-    config: Path, simulator: Simulator, answers: list[str], code: int, said: str
+    simulator: Simulator, typed: Typed, answers: list[str], code: int, said: str
 ) -> None:
-    ended, shown = typed(answers, config.parent)
+    ended, shown = typed(answers)
     assert ended == code, shown
     assert "Plan for birds" in shown
     assert said in shown
@@ -197,9 +203,9 @@ def test_on_a_terminal_a_person_is_asked(
 )
 @pytest.mark.usefixtures("with_server")
 def test_what_a_person_approves_is_the_most_it_costs(
-    config: Path, simulator: Simulator, answers: list[str], code: int
+    simulator: Simulator, typed: Typed, answers: list[str], code: int
 ) -> None:
-    ended, shown = typed(answers, config.parent)
+    ended, shown = typed(answers)
     assert ended == code, shown
     totals = simulator.ledger.totals()
     assert totals["calls"] > 0
