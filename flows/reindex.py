@@ -32,7 +32,7 @@ from tasks.limiter import LimiterStatistics
 from tasks.notes import About
 from tasks.params import Config, TableSource
 from tasks.progress import Progress, listening, tell
-from tasks.providers.opening import open_provider
+from tasks.providers import Space
 from tasks.publish import publish, tidy_published
 from tasks.read.frames import write_frame
 from tasks.recover import Recovered, recover
@@ -126,28 +126,29 @@ def run_frame(config: str, frame: "pd.DataFrame", overrides: Overrides = Overrid
 def _run(config: str, overrides: Overrides) -> RunReport:
     """One run, entered in the ledger however it ends."""
     settings = configured(config, overrides)
-    require_runnable(settings, overrides)
+    space = require_runnable(settings, overrides)
     folder = RunFolder(settings.state.uri, _run_id())
     with _waits_logged():
         try:
-            return _attempt(settings, overrides, folder)
+            return _attempt(settings, overrides, folder, space)
         except ApprovalNeeded as needed:
             plan = needed.plan
         # From here on others may hold the index, so all is looked at anew when it is approved.
         clock = Clock(datetime.now(tz=UTC))
-        with _told_if_ended(_about(settings, folder, clock), folder, clock):
+        about = about_run(settings, space, folder.run_id, clock)
+        with _told_if_ended(about, folder, clock):
             settings = approved(plan, settings, folder.run_id)
-        return _attempt(settings, overrides, folder)
+        return _attempt(settings, overrides, folder, space)
 
 
-def _attempt(settings: Config, overrides: Overrides, folder: RunFolder) -> RunReport:
+def _attempt(settings: Config, overrides: Overrides, folder: RunFolder, space: Space) -> RunReport:
     """All of a run, while it holds the index.
 
     Raises:
         ApprovalNeeded: It would cost more than it may unasked; nothing was done.
     """
     clock = Clock(datetime.now(tz=UTC))
-    about = _about(settings, folder, clock)
+    about = about_run(settings, space, folder.run_id, clock)
     whole = Whole()
     with ExitStack() as stack:
         stack.enter_context(held(settings.index, folder.run_id))
@@ -175,10 +176,6 @@ def _told_if_ended(about: About, folder: RunFolder, clock: Clock) -> Iterator[No
                 end.facts["report"] = report
             _close(report, folder)
         raise
-
-
-def _about(settings: Config, folder: RunFolder, clock: Clock) -> About:
-    return about_run(settings, open_provider(settings).space, folder.run_id, clock)
 
 
 def _run_id() -> str:

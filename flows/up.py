@@ -23,8 +23,8 @@ from flows.prefect_server import (
 )
 from flows.terminal import new_log
 from tasks.errors import EmbedOnceError, SettingsError
+from tasks.params import PROJECT, nearest_project
 
-FILE = "prefect.yaml"
 LOCAL = {HOST, "localhost", "0.0.0.0"}  # noqa: S104 - as people write it; we serve at HOST
 PROBE_S = 5.0
 """So long a server that is there already may take to answer."""
@@ -45,14 +45,13 @@ def project() -> Path:
     Raises:
         SettingsError: There is none.
     """
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / FILE).is_file():
-            return folder
-    raise SettingsError(
-        f"Neither {here} nor a folder above it holds a {FILE}. Start this in the folder of your "
-        "project."
-    )
+    folder = nearest_project(Path.cwd())
+    if folder is None:
+        raise SettingsError(
+            f"Neither {Path.cwd()} nor a folder above it holds a {PROJECT}. Start this in the "
+            "folder of your project."
+        )
+    return folder
 
 
 def up(folder: Path, port: int | None) -> None:
@@ -136,7 +135,7 @@ class _Service:
             worker = tethered.start("flows.prefect_worker", name, passed=held, output=self._output)
             self._keep("worker", worker, END_S + LOOK_S)
             self._deploy(folder)
-            _say(f"deployments  those of {folder / FILE}")
+            _say(f"deployments  those of {folder / PROJECT}")
             deadline = time.monotonic() + READY_S
             while all(each.name != name for each in client.read_workers_for_work_pool(POOL)):
                 self._require_alive()
@@ -166,7 +165,7 @@ class _Service:
             check=False,
         )
         if done.returncode:
-            raise self._failed(f"The deployments of {folder / FILE} could not be made.")
+            raise self._failed(f"The deployments of {folder / PROJECT} could not be made.")
 
     def _require_alive(self) -> None:
         for name, process in self._processes.items():

@@ -10,7 +10,14 @@ from tasks.ledger import Ledger
 from tasks.notes import OUTCOMES
 from tasks.params import Config, Engine
 from tasks.report import Calls
-from tasks.summary import ENDED, calls_text, span_text
+from tasks.summary import (
+    ENDED,
+    WAIT_SHOWN_S,
+    calls_text,
+    saved_text,
+    span_text,
+    waits_text,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,8 +27,6 @@ SHOWN = 30
 """Runs, and rows of totals, that people are shown unless they ask for all."""
 WIDTH = 110
 """Columns of a terminal that the lines below a run are wrapped to."""
-WAIT_SHOWN_S = 1.0
-"""Waits from here on are worth a word."""
 CHUNK_COUNTS = ("total", "added", "changed", "moved", "deleted")
 GROUPS = ["month", "model", "index"]
 COUNTS = (
@@ -194,12 +199,10 @@ def _run_details(row: Mapping[Hashable, Any], *, several_models: bool) -> list[s
     waits = {
         str(name).removeprefix("waited_seconds."): seconds
         for name, seconds in row.items()
-        if str(name).startswith("waited_seconds.") and seconds >= WAIT_SHOWN_S
+        if str(name).startswith("waited_seconds.")
     }
-    if waits:
-        longest = sorted(waits.items(), key=lambda item: -item[1])
-        told = (f"{cause} {span_text(seconds)}" for cause, seconds in longest)
-        details.append(f"waited for: {', '.join(told)}")
+    if told := waits_text(waits):
+        details.append(f"waited for: {told}")
     return details + _saved({name: row[f"cost.{name}"] for name in SAVINGS})
 
 
@@ -217,10 +220,8 @@ def _total_details(row: Mapping[Hashable, Any]) -> list[str]:
 
 def _saved(savings: Mapping[str, float]) -> list[str]:
     """What was saved by what, in words; nothing where nothing was."""
-    parts = [
-        f"{name.removeprefix('saved_usd.')} {usd_text(usd)}" for name, usd in savings.items() if usd
-    ]
-    return [f"saved: {', '.join(parts)}"] if parts else []
+    told = saved_text({name.removeprefix("saved_usd."): usd for name, usd in savings.items()})
+    return [f"saved: {told}"] if told else []
 
 
 def _older(count: int, what: str) -> list[str]:

@@ -24,6 +24,9 @@ from tasks.addresses import HttpAddress, LocalPath, StoragePath, folder_or_name
 from tasks.errors import SettingsError
 from tasks.yaml_file import lay_over, read_yaml
 
+PROJECT = "prefect.yaml"
+"""The file that makes a folder a project."""
+
 
 class Settings(BaseModel):
     """What all parts of a config share: no unknown key, no silent conversion, no change."""
@@ -305,10 +308,12 @@ def engine_of(config: Engine | Mapping[str, Any] | str | Path) -> Engine:
 
 def project_folder(file: Path) -> Path:
     """The folder that relative paths in the config at `file` start from."""
-    for parent in file.parents:
-        if (parent / "prefect.yaml").is_file():
-            return parent
-    return file.parent
+    return nearest_project(file.parent) or file.parent
+
+
+def nearest_project(folder: Path) -> Path | None:
+    """`folder`, or the nearest one above it, that holds `prefect.yaml`; None: there is none."""
+    return next((each for each in (folder, *folder.parents) if (each / PROJECT).is_file()), None)
 
 
 def _explain(error: ValidationError, what: str | Path, model: type[BaseModel] = Config) -> str:

@@ -19,8 +19,10 @@ from tasks.summary import (
     cut,
     figure,
     percent_text,
+    saved_text,
     skipped_rows,
     span_text,
+    waits_text,
 )
 from tasks.targets import targets
 from tasks.timeline import Measure, Timeline
@@ -113,9 +115,8 @@ def _money(report: RunReport) -> tuple[Row, ...]:
     rows.append(("spent", f"{usd_text(cost.usd)} at list price" if cost.usd else free))
     if causes := _saved(cost.saved_usd):
         usd, without = sum(causes.values()), cost.usd_without_reuse
-        parts = ", ".join(f"{cause} {usd_text(value)}" for cause, value in causes.items())
         rows += [
-            ("saved", f"{usd_text(usd)}, {percent_text(usd / without)} ({parts})"),
+            ("saved", f"{usd_text(usd)}, {percent_text(usd / without)} ({saved_text(causes)})"),
             ("without reuse", usd_text(without)),
         ]
     if report.recovered_vectors:
@@ -125,8 +126,7 @@ def _money(report: RunReport) -> tuple[Row, ...]:
 
 
 def _saved(saved: Saved) -> dict[str, float]:
-    causes = {"unchanged": saved.unchanged, "duplicates": saved.duplicates, "cache": saved.cache}
-    return {cause: value for cause, value in causes.items() if value}
+    return {cause: value for cause, value in saved.model_dump().items() if value}
 
 
 def _money_pictures(cost: Cost) -> tuple[Picture, ...]:
@@ -190,10 +190,7 @@ def _limits(report: RunReport) -> tuple[Row, ...]:
         rows.append(("account's limit", f"{named} a minute"))
     if speed.limit_used_fraction is not None:
         rows.append(("used", f"{percent_text(speed.limit_used_fraction)} of it"))
-    waits = {cause: seconds for cause, seconds in report.waited_seconds.items() if seconds >= 1}
-    if waits:
-        longest = sorted(waits.items(), key=lambda item: -item[1])
-        waited = ", ".join(f"{cause} {span_text(seconds)}" for cause, seconds in longest)
+    if waited := waits_text(report.waited_seconds):
         rows.append(("waited for", waited))
     return tuple(rows)
 

@@ -8,6 +8,9 @@ from tasks.report import Calls, Chunks, Cost, RunReport
 
 Row = tuple[str, str]
 
+WAIT_SHOWN_S = 1.0
+"""Waits from here on are worth a word."""
+
 LONGEST_LABEL = 36
 """Longer ones, such as names, do not widen the column of labels."""
 
@@ -150,22 +153,25 @@ def headline(report: RunReport) -> str:
     return sentence + left_out
 
 
+def saved_text(usd_by_cause: Mapping[str, float]) -> str:
+    """What was saved by what; "" where nothing was."""
+    return ", ".join(f"{cause} {usd_text(usd)}" for cause, usd in usd_by_cause.items() if usd)
+
+
+def waits_text(seconds_by_cause: Mapping[str, float]) -> str:
+    """What was waited for, the longest first; "" where nothing was for long."""
+    long = [item for item in seconds_by_cause.items() if item[1] >= WAIT_SHOWN_S]
+    longest = sorted(long, key=lambda item: -item[1])
+    return ", ".join(f"{cause} {span_text(seconds)}" for cause, seconds in longest)
+
+
 def cost_text(cost: Cost) -> str:
     """Cost and savings in one line."""
-    saved = cost.saved_usd
-    parts = [
-        f"{cause} {usd_text(value)}"
-        for cause, value in (
-            ("unchanged", saved.unchanged),
-            ("duplicates", saved.duplicates),
-            ("cache", saved.cache),
-        )
-        if value
-    ]
+    saved = saved_text(cost.saved_usd.model_dump())
     without = (
         f"; {usd_text(cost.usd_without_reuse)} without reuse" if cost.usd_without_reuse else ""
     )
-    return f"{usd_text(cost.usd)}{without}" + (f" (saved: {', '.join(parts)})" if parts else "")
+    return f"{usd_text(cost.usd)}{without}" + (f" (saved: {saved})" if saved else "")
 
 
 def calls_text(calls: Calls) -> str:

@@ -28,7 +28,7 @@ from tasks.notes import Refused
 from tasks.pack import Packed, pack
 from tasks.params import Config, FilesSource
 from tasks.prepare import Preparation
-from tasks.providers import Provider
+from tasks.providers import Provider, Space
 from tasks.providers.opening import open_embedder, open_provider
 from tasks.quarantine import Quarantine
 from tasks.read import Reader
@@ -155,8 +155,11 @@ def open_reader(config: Config, overrides: Overrides) -> Reader:
     return TableReader(source, own, preparation)
 
 
-def require_runnable(config: Config, overrides: Overrides) -> None:
+def require_runnable(config: Config, overrides: Overrides) -> Space:
     """Refuse at once what can be seen to be wrong before the index is touched.
+
+    Returns:
+        What the run's vectors belong to.
 
     Raises:
         SettingsError: Provider, source, index or state cannot be what the config says.
@@ -168,6 +171,7 @@ def require_runnable(config: Config, overrides: Overrides) -> None:
     table = open_index(config.index)
     if table is not None:
         require_space(table, config.index, provider.space)
+    return provider.space
 
 
 def _require_place(key: str, uri: str) -> None:
