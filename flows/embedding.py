@@ -89,31 +89,31 @@ def embed_all(
         sizes=sender,
         folder=folder.staging,
     )
-    progress = ProgressArtifact(found.config.name) if found.packed.texts else None
     collected = _Collected(folder, found, sender)
-    with ExitStack() as stack:
-        if progress is not None:
-            stack.enter_context(listening(progress))
-        stack.enter_context(collected.ending_the_run())
-        stack.callback(sender.save)
-        sending = Aside(lambda: _send(filling.batches(), terms, collected))
-        try:
-            sending.result()
-        except ENDS:
-            sender.settle("The run was cancelled.")
-            if not sending.prevent():
-                sending.wait_at_most(GIVEN_UP_S)
-            with suppress(EmbedOnceError):  # then the next run folds them
-                collected.fold()
-            raise
-        except BaseException:  # what waits is not sent any more
-            sender.stop(RunStopped("The run was ended."))
-            raise
-    if progress is not None:
-        progress.settle()
-    collected.finish()
-    if progress is not None:  # a text that left the corpus meanwhile is not missed
-        progress.settle(finished=True)
+    with ExitStack() as shown:
+        progress = None
+        if found.packed.texts:
+            progress = shown.enter_context(ProgressArtifact(config.name))
+            shown.enter_context(listening(progress))
+        with ExitStack() as stack:
+            stack.enter_context(collected.ending_the_run())
+            stack.callback(sender.save)
+            sending = Aside(lambda: _send(filling.batches(), terms, collected))
+            try:
+                sending.result()
+            except ENDS:
+                sender.settle("The run was cancelled.")
+                if not sending.prevent():
+                    sending.wait_at_most(GIVEN_UP_S)
+                with suppress(EmbedOnceError):  # then the next run folds them
+                    collected.fold()
+                raise
+            except BaseException:  # what waits is not sent any more
+                sender.stop(RunStopped("The run was ended."))
+                raise
+        collected.finish()
+        if progress is not None:  # a text that left the corpus meanwhile is not missed
+            progress.finish()
     filled = filling.finish(found.refused(collected.refused))
     return filled, collected.refused, collected.shared, sender.limiter.statistics()
 

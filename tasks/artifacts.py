@@ -1,10 +1,13 @@
 """What a run leaves in Prefect: artifacts under fixed keys, a moving progress, an event."""
 
 import re
-import time
+import threading
 from collections.abc import Sequence
+from contextvars import copy_context
+from typing import Self
 from uuid import UUID
 
+from prefect import get_run_logger
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
@@ -28,6 +31,8 @@ TABLE_ROWS = 500
 """Most rows of the table of batches; an artifact is one request."""
 UPDATE_S = 1.0
 """Least time between two updates of the progress, each about 40 ms."""
+SETTLE_S = 5.0
+"""So long the end of a run waits for the last of them; a server that is stuck takes minutes."""
 
 
 def key(kind: str, name: str) -> str:
@@ -114,7 +119,10 @@ def publish_maintained(maintained: Maintained) -> None:
 
 
 class ProgressArtifact:
-    """A progress artifact that moves while a run embeds; `settle` shows where it ended."""
+    """A progress artifact that moves while a run embeds, and shows where it ended.
+
+    A thread of its own shows it: no batch waits for the Prefect server, and no run fails by it.
+    """
 
     def __init__(self, name: str) -> None:
         created = create_progress_artifact(
@@ -124,21 +132,44 @@ class ProgressArtifact:
             raise TypeError("create_progress_artifact must be called from a flow that is not async")
         self._id = created
         self._percent = self._shown = 0.0
-        self._updated = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._follow,), name="progress", daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._ended.set()
+        if kind is None or issubclass(kind, Exception):  # who cancels is not kept waiting
+            self._thread.join(SETTLE_S)
 
     def __call__(self, progress: Progress) -> None:
-        """Show `progress`, at most once a second; it never goes back."""
-        if progress.stage != "embedding":
-            return
-        self._percent = max(self._percent, progress.percent)
-        if time.monotonic() - self._updated >= UPDATE_S:
-            self.settle()
+        """Show `progress` within about a second; it never goes back."""
+        if progress.stage == "embedding":
+            self._percent = max(self._percent, progress.percent)
 
-    def settle(self, *, finished: bool = False) -> None:
-        """Show what came since it was shown last; `finished`: that nothing is missing any more."""
-        if finished:
-            self._percent = 100.0
-        if self._percent > self._shown:
-            update_progress_artifact(self._id, self._percent)
-            self._shown = self._percent
-        self._updated = time.monotonic()
+    def finish(self) -> None:
+        """Show that nothing is missing any more."""
+        self._percent = 100.0
+
+    def _follow(self) -> None:
+        while not self._ended.wait(UPDATE_S):
+            self._show()
+        self._show()
+
+    def _show(self) -> None:
+        percent = self._percent
+        if percent <= self._shown:
+            return
+        try:
+            update_progress_artifact(self._id, percent)
+        except Exception as error:  # noqa: BLE001 - the run goes on without
+            get_run_logger().warning(
+                "The progress artifact stays at %.0f %%: the Prefect server did not take %.0f %% "
+                "(%s: %s).", self._shown, percent, type(error).__name__, error,
+            )  # fmt: skip
+        else:
+            self._shown = percent

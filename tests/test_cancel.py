@@ -305,18 +305,19 @@ def test_an_answer_that_does_not_come_holds_nobody_longer_than_prefect_allows(ho
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_and_loses_nothing(home: Home) -> None:
-    home.simulator.change(latency=Latency(base_s=8))
     process = home.start()
     wait_for(lambda: home.ok >= 3)
-    wait_for(lambda: home.calls >= 5)
+    home.simulator.change(latency=Latency(base_s=60))
+    calls = home.calls
+    wait_for(lambda: home.calls >= calls + 2)
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     pressed = time.monotonic()
     said = process.communicate(timeout=60)[1]
-    assert time.monotonic() - pressed < 2
-    assert process.returncode == 130
     assert said == "embed-once: ended at once; what was paid for is kept, run again.\n"
+    assert process.returncode == 130
+    assert time.monotonic() - pressed < 15  # the first one alone waits for 20 s
     ok, flown = len(home.noted()), home.calls
     again = home.goes_on()
     assert [run["state"] for run in home.runs()] == ["died", "completed"]

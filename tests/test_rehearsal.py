@@ -1,6 +1,8 @@
 """Whole runs against the simulated Voyage API: what it bills, refuses and breaks."""
 
 import json
+import logging
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from tasks.plan import make_plan, plan_rows
 from tasks.quarantine import quarantined
 from tasks.schemas import vectors_schema
 from tasks.search import search
-from tasks.simulator import Rule, Settings, Simulator
+from tasks.simulator import Latency, Rule, Settings, Simulator
 from tasks.survey import Survey, require_safe
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -448,6 +450,7 @@ def test_progress_never_goes_back_and_ends_where_the_run_does(
     texts = ["POISON", *words(200)]
     home.simulator.add(POISON)
     home.write(texts)
+    home.simulator.change(latency=Latency(base_s=0.2))
     shown, update = list[float](), update_progress_artifact
 
     def meanwhile(found: Survey, overrides: Overrides) -> None:
@@ -471,7 +474,7 @@ def test_progress_never_goes_back_and_ends_where_the_run_does(
 
     monkeypatch.setattr("flows.reindex.require_safe", meanwhile)
     monkeypatch.setattr("tasks.artifacts.update_progress_artifact", seen)
-    monkeypatch.setattr("tasks.artifacts.UPDATE_S", 0.0)
+    monkeypatch.setattr("tasks.artifacts.UPDATE_S", 0.01)
     report = home.reindex()
     assert (report.texts.embedded, report.known_texts, report.refused_texts) == (179, 20, 1)
     assert shown == sorted(set(shown))
@@ -493,3 +496,40 @@ def test_progress_of_a_run_that_fails_stays_where_it_was(
     assert shown
     assert 20 <= shown[-1] < 100
     assert shown == sorted(set(shown))
+
+
+def test_a_prefect_server_that_is_stuck_holds_up_no_batch(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.write(words(200))
+    stuck, asked = threading.Event(), list[float]()
+
+    def update(_: UUID, progress: float) -> None:
+        asked.append(progress)
+        stuck.wait(100)
+
+    monkeypatch.setattr("tasks.artifacts.update_progress_artifact", update)
+    monkeypatch.setattr("tasks.artifacts.UPDATE_S", 0.01)
+    monkeypatch.setattr("tasks.artifacts.SETTLE_S", 0.1)
+    report = home.reindex()
+    stuck.set()
+    assert (report.state, report.texts.embedded) == ("completed", 200)
+    assert len(asked) == 1
+    assert asked[0] < 100
+
+
+def test_a_prefect_server_that_takes_no_progress_fails_no_run(
+    home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    home.write(words(200))
+
+    def update(_: UUID, progress: float) -> None:
+        raise OSError(f"no room for {progress}")
+
+    monkeypatch.setattr("tasks.artifacts.update_progress_artifact", update)
+    with caplog.at_level(logging.WARNING, "prefect"):
+        assert home.reindex().state == "completed"
+    said = [each.getMessage() for each in caplog.records if "progress artifact" in each.message]
+    assert said
+    assert said[-1].startswith("The progress artifact stays at 0 %: the Prefect server did not")
+    assert said[-1].endswith("(OSError: no room for 100.0).")
