@@ -24,10 +24,12 @@ from tasks.journal import RunFolder, fold
 from tasks.limiter import LimiterStatistics
 from tasks.notes import Refused
 from tasks.progress import Progress, listening, tell
+from tasks.providers import Provider
 from tasks.run import embedded_texts
 from tasks.schemas import Batch
 from tasks.sender import GIVEN_UP_S, Sender, Terms, sender_of
 from tasks.survey import Survey
+from tasks.workers import workers_of
 
 FOLD_TEXTS = 20_000
 """Answers are folded into the cache in groups of about so many vectors."""
@@ -67,9 +69,16 @@ def embed_all(
     Raises:
         EmbedOnceError: A batch failed for good. All answers that came are in the cache.
     """
+    with workers_of(found.config, found.provider, needed=bool(found.packed.texts)) as provider:
+        return _embed_all(found, folder, provider)
+
+
+def _embed_all(
+    found: Survey, folder: RunFolder, provider: Provider
+) -> tuple[Filled, list[Refused], Shared, LimiterStatistics]:
     config = found.config
     terms = Terms(
-        found.provider,
+        provider,
         folder,
         found.facts.usd_per_million_tokens,
         on_error=config.on_error,
@@ -79,7 +88,7 @@ def embed_all(
         index=config.index.place,
     )
     if found.packed.texts:  # a model may take long to load, and a run with nothing new needs none
-        found.provider.prepare()
+        provider.prepare()
     sender = sender_of(terms, found.cache)
     filling = Filling(
         reader=found.reader,

@@ -166,6 +166,34 @@ class LimitSettings(Settings):
     )
 
 
+class Runner(Settings):
+    """Where the calls of a run are made."""
+
+    kind: Literal["threads", "dask"] = Field(
+        default="threads", description="threads of the run's own process, or workers of Dask."
+    )
+    processes: int | None = Field(
+        default=None, ge=1, le=256, description="Of dask: so many processes on this machine."
+    )
+    address: str | None = Field(
+        default=None,
+        pattern=r"^(tcp|tls|ws|wss|ucx)://[^/\s]+$",
+        description="Of dask: the scheduler of a cluster, tcp://host:8786.",
+    )
+
+    @model_validator(mode="after")
+    def _workers_are_named_once(self) -> "Runner":
+        named = [name for name in ("processes", "address") if getattr(self, name) is not None]
+        if self.kind == "threads" and named:
+            raise ValueError(f"{named[0]} belongs to kind: dask")
+        if self.kind == "dask" and len(named) != 1:
+            raise ValueError(
+                "dask needs either processes, so many on this machine, or address, the scheduler "
+                "of a cluster"
+            )
+        return self
+
+
 class BudgetSettings(Settings):
     """What a run may cost, at list price."""
 
@@ -250,6 +278,7 @@ class Config(Engine):
     name: str = Field(min_length=1, max_length=80, description="For people, in reports.")
     source: Source
     index: Index
+    runner: Runner = Runner()
 
     @model_validator(mode="after")
     def _metric_fits_the_vectors(self) -> Self:
@@ -348,6 +377,7 @@ def _did_you_mean(where: Sequence[str], model: type[BaseModel]) -> str:
         "source.split": [Split],
         "embedding": [Embedding],
         "limits": [LimitSettings],
+        "runner": [Runner],
         "budget": [BudgetSettings],
         "index": [Index],
         "state": [State],

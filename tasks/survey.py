@@ -36,6 +36,7 @@ from tasks.read.files import FilesReader
 from tasks.read.tables import TableReader
 from tasks.schemas import CHANGES, DELETIONS, HASH, TableRef, metadata_fields
 from tasks.storage import is_local, storage_at
+from tasks.workers import require_dask
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ def require_runnable(config: Config, overrides: Overrides) -> Space:
     Raises:
         SettingsError: Provider, source, index or state cannot be what the config says.
     """
+    require_dask(config.runner)
     provider = open_embedder(config)
     open_reader(config, overrides)
     for key, uri in (("index.uri", config.index.uri), ("state.uri", config.state.uri)):

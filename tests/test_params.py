@@ -48,6 +48,24 @@ def test_a_whole_config_is_taken_as_it_stands(load: Load) -> None:
     assert (config.name, config.limits.tier, config.limits.concurrency) == ("docs", 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("runner", "said"),
+    [
+        ({"kind": "dask"}, "runner: dask needs either processes"),
+        ({"kind": "dask", "processes": 2, "address": "tcp://a:1"}, "runner: dask needs either"),
+        ({"processes": 2}, "runner: processes belongs to kind: dask"),
+        ({"kind": "dask", "address": "a:8786"}, "runner.address: "),
+        ({"kind": "dask", "adress": "tcp://a:1"}, "Did you mean 'address'?"),
+        ({"kind": "ray"}, "runner.kind: "),
+    ],
+)
+def test_workers_are_named_in_one_way(load: Load, runner: dict[str, Any], said: str) -> None:
+    assert said in refusal(load, runner=runner)
+    for good in ({"kind": "dask", "processes": 2}, {"kind": "dask", "address": "tcp://a:8786"}):
+        assert load(runner=good).runner.kind == "dask"
+    assert load().runner.kind == "threads"
+
+
 def test_the_kind_of_the_source_decides_its_keys(load: Load) -> None:
     config = load(config=TABLE, source={**TABLE["source"], "metadata": ["lang"]})
     assert isinstance(config.source, TableSource)

@@ -1,0 +1,191 @@
+"""Workers: the calls of a run are made in its own threads, or by workers of Dask.
+
+To a worker goes nothing but the call, with its texts; the answer comes back, and is in the
+journal before anything else happens. Limits, budget, claims and retries stay with the run's own
+process. So a worker holds nothing that others would have to share, or that is lost with it.
+"""
+
+import math
+import os
+import threading
+from asyncio import CancelledError
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+from tasks.errors import EmbedOnceError, ProviderBusy, SettingsError
+from tasks.limits import Limits
+from tasks.params import Config, Runner
+from tasks.providers import Answer, Provider
+
+WORKERS_S = 60
+"""So long a cluster may be without any worker."""
+ANSWER_S = 10
+"""So long a scheduler may take to answer."""
+
+
+def require_dask(runner: Runner) -> None:
+    """Fail early where Dask is asked for and not installed.
+
+    Raises:
+        SettingsError: It is not.
+    """
+    if runner.kind == "threads":
+        return
+    try:
+        import distributed  # noqa: F401, PLC0415 - an optional extra
+    except ImportError as error:
+        raise SettingsError(
+            f"runner.kind: dask needs packages that are not installed ({error}). Run "
+            "`pip install 'embed-once[dask]'`, or in a clone `uv sync --extra dask`."
+        ) from None
+
+
+@contextmanager
+def workers_of(config: Config, provider: Provider, *, needed: bool) -> Iterator[Provider]:
+    """`provider`, with its calls made where the config says, as long as the block lasts.
+
+    Args:
+        config: Names the workers.
+        provider: For embedding.
+        needed: Whether there will be any call.
+
+    Raises:
+        SettingsError: There are no workers, or they cannot embed.
+    """
+    if config.runner.kind == "threads" or not needed:
+        yield provider
+        return
+    with _client(config) as client:
+        try:
+            client.run(_prepared, provider)
+        except EmbedOnceError:
+            raise
+        except Exception as error:
+            raise SettingsError(
+                f"runner: a worker of Dask cannot embed ({type(error).__name__}: {error}). It "
+                "needs the same Python, packages and version of embed-once as the run."
+            ) from error
+        yield cast("Provider", _ByDask(provider, config.limits.concurrency, client))
+
+
+def dask_setup(_worker: Any) -> None:
+    """Called by Dask in each process that it starts for a run: a cancel is the run's own matter.
+
+    Signals of a terminal, or to a group, would end a worker with an answer that is paid for.
+    """
+    os.setpgid(0, 0)
+
+
+class _ByDask:
+    """A provider whose calls are made by workers.
+
+    Args:
+        provider: Which.
+        concurrency: Most calls in flight, over all workers.
+        client: Of their scheduler.
+    """
+
+    def __init__(self, provider: Provider, concurrency: int, client: Any) -> None:
+        self._provider = provider
+        self._client = client
+        self._in_flight = set[Any]()
+        self._lock = threading.Lock()
+        # A model on this machine is served one call after another; here there are several.
+        self.limits: Limits = replace(provider.limits, concurrency=concurrency)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._provider, name)
+
+    def prepare(self) -> None:
+        """Nothing here: the workers have."""
+
+    def embed(self, texts: Sequence[str]) -> Answer:
+        """As the provider does, and `ProviderBusy` where no worker lived to answer."""
+        from distributed import KilledWorker  # noqa: PLC0415 - an optional extra
+
+        future = self._client.submit(_embedded, self._provider, list(texts), pure=False)
+        with self._lock:
+            self._in_flight.add(future)
+        try:
+            return self._answer_of(future)
+        except KilledWorker as error:
+            raise ProviderBusy(
+                "The worker of Dask that made the call died over it. See its log; one that dies "
+                "again and again may have too little memory.",
+                retry_after=None,
+            ) from error
+        except CancelledError as error:  # no Exception: nobody would catch it
+            raise ProviderBusy(
+                "Dask gave the call up: the run was cancelled, or its scheduler is gone.",
+                retry_after=None,
+            ) from error
+        finally:
+            with self._lock:
+                self._in_flight.discard(future)
+
+    def give_up(self) -> None:
+        """End the calls in flight, without their answers."""
+        with self._lock:
+            given_up = list(self._in_flight)
+        self._client.cancel(given_up, force=True)
+
+    def _answer_of(self, future: Any) -> Answer:
+        while True:
+            try:
+                return cast("Answer", future.result(timeout=WORKERS_S))
+            except TimeoutError as late:
+                if future.done():  # it is the call's own
+                    raise
+                if not self._client.nthreads():
+                    raise ProviderBusy(
+                        f"Dask has had no worker for {WORKERS_S} s.", retry_after=None
+                    ) from late
+
+
+def _embedded(provider: Provider, texts: list[str]) -> Answer:
+    """In a worker: one call."""
+    provider.prepare()  # for one that came later
+    return provider.embed(texts)
+
+
+def _prepared(provider: Provider) -> None:
+    """In a worker: see that it can embed."""
+    provider.require()
+    provider.prepare()
+
+
+@contextmanager
+def _client(config: Config) -> Iterator[Any]:
+    """A client of the cluster that the config names, once its workers are there.
+
+    Raises:
+        SettingsError: They are not.
+    """
+    from distributed import Client, LocalCluster  # noqa: PLC0415 - an optional extra
+
+    settings, where = config.runner, config.runner.address
+    try:
+        if where is None:
+            where = f"{settings.processes} processes"
+            cluster = LocalCluster(
+                n_workers=settings.processes,
+                threads_per_worker=math.ceil(config.limits.concurrency / (settings.processes or 1)),
+                dashboard_address=None,
+                memory_limit=0,  # a call is bounded by its texts
+                scheduler_kwargs={"allowed_failures": 0},  # a call that is lost is one of ours
+                preload=[__name__],
+            )
+            with cluster, Client(cluster, set_as_default=False) as client:
+                client.wait_for_workers(settings.processes, timeout=WORKERS_S)
+                yield client
+            return
+        with Client(where, timeout=ANSWER_S, set_as_default=False) as client:
+            client.wait_for_workers(1, timeout=WORKERS_S)
+            yield client
+    except (OSError, TimeoutError) as error:
+        raise SettingsError(
+            f"runner: no workers of Dask at {where} ({type(error).__name__}: {error}). See that "
+            "its scheduler and its workers run."
+        ) from error

@@ -1,0 +1,159 @@
+"""Calls made by workers of Dask: the same index, the same bill, and nothing lost with a worker."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.reindex import run
+from tasks.errors import BudgetReached
+from tasks.form import Overrides
+from tasks.index import open_index
+from tasks.params import load_config
+from tasks.report import RunReport
+from tasks.simulator import Latency, Settings, Simulator
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+TEXTS, TEXTS_PER_REQUEST, CONCURRENCY = 240, 4, 6
+
+
+class Cluster:
+    """A scheduler of Dask and two workers, each a process of its own.
+
+    Attributes:
+        address: Of the scheduler.
+        workers: The processes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self._folder = folder
+        self.address = f"tcp://127.0.0.1:{port}"
+        self._scheduler = self._start(
+            "dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"
+        )
+        self.workers = [self.join(), self.join()]
+
+    def join(self) -> "subprocess.Popen[bytes]":
+        """One more worker."""
+        return self._start(
+            "dask_worker", self.address, "--no-nanny", "--nthreads", str(CONCURRENCY),
+            "--no-dashboard", "--local-directory", str(self._folder), "--memory-limit", "0",
+        )  # fmt: skip
+
+    def _start(self, what: str, *arguments: str) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            [sys.executable, "-m", f"distributed.cli.{what}", *arguments],
+            env={**os.environ, "VOYAGE_API_KEY": "pa-any"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def end(self) -> None:
+        for process in [*self.workers, self._scheduler]:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    started = Cluster(tmp_path_factory.mktemp("dask"))
+    yield started
+    started.end()
+
+
+@pytest.fixture
+def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
+    monkeypatch.setenv("VOYAGE_API_KEY", "pa-any")
+    with Simulator(Settings(latency=Latency(base_s=0.3))) as started:
+        yield started
+
+
+@pytest.fixture
+def config(tmp_path: Path, simulator: Simulator) -> Path:
+    rows = [{"id": str(number), "text": f"bird number {number}"} for number in range(TEXTS)]
+    (tmp_path / "birds.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = tmp_path / "birds.yaml"
+    file.write_text(
+        f"""\
+name: birds
+source: {{kind: table, path: birds.jsonl}}
+embedding: {{provider: voyage, model: voyage-4, dimension: 256, base_url: {simulator.base_url}}}
+limits: {{texts_per_request: {TEXTS_PER_REQUEST}, concurrency: {CONCURRENCY}}}
+index: {{uri: ./index, table: birds}}
+state: {{uri: ./state}}
+""",
+        encoding="utf-8",
+    )
+    return file
+
+
+def reindex(config: Path, *settings: str) -> RunReport:
+    return run(str(config), Overrides(settings=list(settings)))
+
+
+def on(cluster: Cluster) -> str:
+    return f'runner={{"kind": "dask", "address": "{cluster.address}"}}'
+
+
+def rows(config: Path, *settings: str) -> dict[str, Any]:
+    """What readers see of the index: texts and vectors by id."""
+    table = open_index(load_config(config, settings).index)
+    assert table is not None
+    found = table.search().select(["id", "text", "vector"]).to_arrow().to_pylist()
+    return {row["id"]: (row["text"], row["vector"]) for row in found}
+
+
+def test_a_worker_that_is_killed_costs_what_it_had_in_flight_and_no_more(
+    config: Path, cluster: Cluster, simulator: Simulator, prefect_api: str
+) -> None:
+    victim = cluster.workers[0]
+
+    def kill() -> None:
+        while simulator.ledger.totals()["ok"] < TEXTS / TEXTS_PER_REQUEST / 4:
+            time.sleep(0.02)
+        victim.send_signal(signal.SIGKILL)
+
+    killing = threading.Thread(target=kill)
+    killing.start()
+    report = reindex(config, on(cluster))
+    killing.join()
+    cluster.workers[0] = cluster.join()
+
+    totals = simulator.ledger.totals()
+    assert victim.wait() == -signal.SIGKILL
+    assert report.texts.embedded == totals["distinct_texts"] == TEXTS
+    assert totals["texts_billed_again"] <= CONCURRENCY * TEXTS_PER_REQUEST
+    assert 2 <= totals["max_concurrency"] <= CONCURRENCY * 2  # the dead one's calls go on there
+
+    elsewhere = ["index.uri=./threads", "state.uri=./threads-state"]
+    reindex(config, *elsewhere)
+    assert rows(config) == rows(config, *elsewhere)
+
+
+def test_processes_of_a_run_share_its_limits_and_its_budget(
+    config: Path, simulator: Simulator, prefect_api: str
+) -> None:
+    ours = ["runner.kind=dask", "runner.processes=2"]
+    most = 0.06 * 16 * 30 / 1e6  # thirty calls of four texts of four tokens each
+    with pytest.raises(BudgetReached):
+        reindex(config, *ours, f"budget.max_usd={most:.12f}")
+    totals = simulator.ledger.totals()
+    assert 0 < totals["usd"] <= most
+    assert totals["max_concurrency"] <= CONCURRENCY
+
+    report = reindex(config, *ours)
+    totals = simulator.ledger.totals()
+    assert report.texts.embedded < TEXTS
+    assert (totals["distinct_texts"], totals["texts_billed_again"]) == (TEXTS, 0)
