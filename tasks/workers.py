@@ -10,7 +10,7 @@ import os
 import threading
 from asyncio import CancelledError
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -163,29 +163,35 @@ def _client(config: Config) -> Iterator[Any]:
     Raises:
         SettingsError: They are not.
     """
+    with ExitStack() as stack:
+        where = config.runner.address or f"{config.runner.processes} processes"
+        try:
+            client = _connected(config, stack)
+        except (OSError, TimeoutError, RuntimeError) as error:
+            raise SettingsError(
+                f"runner: no workers of Dask at {where} ({type(error).__name__}: {error}). See "
+                "that its scheduler and its workers run."
+            ) from error
+        yield client
+
+
+def _connected(config: Config, stack: ExitStack) -> Any:
     from distributed import Client, LocalCluster  # noqa: PLC0415 - an optional extra
 
-    settings, where = config.runner, config.runner.address
-    try:
-        if where is None:
-            where = f"{settings.processes} processes"
-            cluster = LocalCluster(
-                n_workers=settings.processes,
-                threads_per_worker=math.ceil(config.limits.concurrency / (settings.processes or 1)),
-                dashboard_address=None,
-                memory_limit=0,  # a call is bounded by its texts
-                scheduler_kwargs={"allowed_failures": 0},  # a call that is lost is one of ours
-                preload=[__name__],
-            )
-            with cluster, Client(cluster, set_as_default=False) as client:
-                client.wait_for_workers(settings.processes, timeout=WORKERS_S)
-                yield client
-            return
-        with Client(where, timeout=ANSWER_S, set_as_default=False) as client:
-            client.wait_for_workers(1, timeout=WORKERS_S)
-            yield client
-    except (OSError, TimeoutError) as error:
-        raise SettingsError(
-            f"runner: no workers of Dask at {where} ({type(error).__name__}: {error}). See that "
-            "its scheduler and its workers run."
-        ) from error
+    processes = config.runner.processes
+    if processes is None:
+        client = Client(config.runner.address, timeout=ANSWER_S, set_as_default=False)
+    else:
+        cluster = LocalCluster(
+            n_workers=processes,
+            threads_per_worker=math.ceil(config.limits.concurrency / processes),
+            # Where none is named, it takes a well-known port on all interfaces.
+            dashboard_address="127.0.0.1:0",
+            memory_limit=0,  # a call is bounded by its texts
+            scheduler_kwargs={"allowed_failures": 0},  # a call that is lost is one of ours
+            preload=[__name__],
+        )
+        client = Client(stack.enter_context(cluster), set_as_default=False)
+    stack.enter_context(client)
+    client.wait_for_workers(processes or 1, timeout=WORKERS_S)
+    return client

@@ -156,7 +156,15 @@ def answers(url: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def database() -> dict[str, str]:
+    """What tells a server its database; nothing: SQLite in its home."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def environment(
+    tmp_path_factory: pytest.TempPathFactory, database: dict[str, str]
+) -> Iterator[dict[str, str]]:
     """A running server with an empty database, as the environment of its clients."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -173,7 +181,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     with (home / "server.log").open("w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)],
-            env=env, stdout=log, stderr=log,
+            env={**env, **database}, stdout=log, stderr=log,
         )  # fmt: skip
     try:
         Served.wait_for(lambda: answers(f"{env['PREFECT_API_URL']}/health"), seconds=300)

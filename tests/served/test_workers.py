@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.reindex import run
 from tasks.errors import BudgetReached
@@ -67,6 +70,46 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
+def database() -> Iterator[dict[str, str]]:
+    """A PostgreSQL server with an empty database, for the Prefect server."""
+    places = [*Path("/usr/lib/postgresql").glob("*/bin"), *map(Path, os.get_exec_path())]
+    programs = next((place for place in places if (place / "initdb").exists()), None)
+    if programs is None:
+        pytest.skip("needs PostgreSQL: apt-get install postgresql")
+    # It runs as nobody's root.
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    folder = Path(tempfile.mkdtemp(prefix="embed-once-postgres-"))
+    if as_user:
+        shutil.chown(folder, "postgres")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    subprocess.run(
+        [*as_user, programs / "initdb", "-D", folder / "data", "-U", "prefect", "-A", "trust"],
+        check=True,
+        capture_output=True,
+        cwd="/",
+    )
+    server = subprocess.Popen(
+        [*as_user, programs / "postgres", "-D", folder / "data", "-k", folder, "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+    )
+    url = f"postgresql+asyncpg://prefect@127.0.0.1:{port}/postgres"
+    yield {"PREFECT_API_DATABASE_CONNECTION_URL": url}
+    server.terminate()
+    server.wait(timeout=60)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect_on_postgres(environment: dict[str, str]) -> Iterator[None]:
+    """Runs of this process report to the server on PostgreSQL."""
+    with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):
+        yield
+
+
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     started = Cluster(tmp_path_factory.mktemp("dask"))
     yield started
@@ -116,7 +159,7 @@ def rows(config: Path, *settings: str) -> dict[str, Any]:
 
 
 def test_a_worker_that_is_killed_costs_what_it_had_in_flight_and_no_more(
-    config: Path, cluster: Cluster, simulator: Simulator, prefect_api: str
+    config: Path, cluster: Cluster, simulator: Simulator
 ) -> None:
     victim = cluster.workers[0]
 
@@ -143,7 +186,7 @@ def test_a_worker_that_is_killed_costs_what_it_had_in_flight_and_no_more(
 
 
 def test_processes_of_a_run_share_its_limits_and_its_budget(
-    config: Path, simulator: Simulator, prefect_api: str
+    config: Path, simulator: Simulator
 ) -> None:
     ours = ["runner.kind=dask", "runner.processes=2"]
     most = 0.06 * 16 * 30 / 1e6  # thirty calls of four texts of four tokens each

@@ -1,0 +1,75 @@
+"""What workers of Dask bring and cost: one corpus and one simulated API, with and without them.
+
+A provider with latency is waited for, by threads as by processes: there workers must cost little.
+Run it as `python tests/benchmarks/workers.py [--calls 100] [--latency 0.5] [--processes 2]`.
+"""
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+from pathlib import Path
+
+from flows.prefect_server import have_server
+from tasks.simulator import Latency, Settings, Simulator
+
+TEXTS_PER_REQUEST = 200
+CONCURRENCY = 8
+CONFIG = """\
+name: workers
+source: {{kind: table, path: chunks.jsonl}}
+embedding: {{provider: voyage, model: voyage-4, dimension: 1024, base_url: {url}}}
+limits: {{texts_per_request: {texts}, concurrency: {concurrency}}}
+index: {{uri: ./{name}/index, table: t}}
+state: {{uri: ./{name}/state}}
+runner: {runner}
+"""
+
+
+def main() -> None:
+    """Print a line for each way."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--calls", type=int, default=100)
+    arguments.add_argument("--latency", type=float, default=0.5, help="seconds a call")
+    arguments.add_argument("--processes", type=int, default=2)
+    given = arguments.parse_args()
+    os.environ.setdefault("VOYAGE_API_KEY", "pa-any")
+    have_server()
+    from flows.reindex import run  # noqa: PLC0415 - with the server there
+
+    ways = {
+        "threads": "{kind: threads}",
+        "dask": f"{{kind: dask, processes: {given.processes}}}",
+    }
+    bound = given.latency * given.calls / CONCURRENCY
+    print(
+        f"{given.calls} calls of {TEXTS_PER_REQUEST} texts, {given.latency} s each: {bound:.1f} s"
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Simulator(Settings(latency=Latency(base_s=given.latency))) as simulator,
+    ):
+        texts = (f"chunk {number} " * 50 for number in range(given.calls * TEXTS_PER_REQUEST))
+        rows = ({"id": str(number), "text": text} for number, text in enumerate(texts))
+        (Path(folder) / "chunks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        for name, runner in ways.items():
+            file = Path(folder) / f"{name}.yaml"
+            values = {"url": simulator.base_url, "name": name, "runner": runner}
+            values |= {"texts": str(TEXTS_PER_REQUEST), "concurrency": str(CONCURRENCY)}
+            file.write_text(CONFIG.format(**values), encoding="utf-8")
+            before = resource.getrusage(resource.RUSAGE_SELF)
+            report = run(str(file))
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            # From the first call on: workers take seconds to start, once a run.
+            calling = report.throughput.tokens_per_second
+            print(
+                f"{name:8} embed {report.seconds.embed:6.1f} s, tokens/s {calling or 0:9,.0f}, "
+                f"p50 {report.latency_ms.p50 or 0:5.0f} ms, busy "
+                f"{report.concurrency.busy_fraction:.2f}, CPU of this process {spent:5.1f} s"
+            )
+
+
+if __name__ == "__main__":
+    main()
