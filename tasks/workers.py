@@ -8,8 +8,8 @@ process. So a worker holds nothing that others would have to share, or that is l
 import math
 import os
 import threading
-from asyncio import CancelledError
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -104,6 +104,7 @@ class _ByDask:
     def embed(self, texts: Sequence[str]) -> Answer:
         """As the provider does, and `ProviderBusy` where no worker lived to answer."""
         from distributed import KilledWorker  # noqa: PLC0415 - an optional extra
+        from distributed.comm import CommClosedError  # noqa: PLC0415
 
         future = self._client.submit(_embedded, self._provider, list(texts), pure=False)
         with self._lock:
@@ -116,7 +117,7 @@ class _ByDask:
                 "again and again may have too little memory.",
                 retry_after=None,
             ) from error
-        except CancelledError as error:  # no Exception: nobody would catch it
+        except (CancelledError, CommClosedError) as error:
             raise ProviderBusy(
                 "Dask gave the call up: the run was cancelled, or its scheduler is gone.",
                 retry_after=None,
