@@ -25,7 +25,7 @@ from tasks.index import (
     tag_generation,
 )
 from tasks.keys import KeySet, digest_column, first_of_each
-from tasks.lance import quoted, read_batches, writing
+from tasks.lance import quoted, read_where, writing
 from tasks.params import Index
 from tasks.schemas import DELETIONS, HASH, TableRef, metadata_fields, rows_schema
 from tasks.stage import stage
@@ -38,9 +38,11 @@ A merge holds about six times the bytes of the vectors it is given (100k rows of
 floats: 745 MB), an overwrite streams (465 MB, flat).
 """
 MERGE_BYTES_PER_FLOAT = 6
+WRITE_BYTES = 8 * 2**20
+"""Vectors are taken from the cache in parts of about so many bytes; each is held some times over
+on its way to LanceDB."""
 MERGE_DELETIONS = 50_000
 """Most ids in one delete predicate; 50,000 took 1.8 s."""
-BATCH_ROWS = 4096
 
 Way = Literal["none", "create", "add", "merge", "overwrite"]
 
@@ -229,10 +231,8 @@ def _overwrite(
     keys = KeySet(digest_column(pa.chunked_array(leaving, pa.utf8())))
 
     def stream() -> Iterator[pa.RecordBatch]:
-        for batch in read_batches(table, BATCH_ROWS):
-            stays = batch.filter(pa.array(~keys.holds(digest_column(batch.column("id")))))
-            if stays.num_rows:
-                yield _fitted(stays, schema)
+        for batch in read_where(table, "id", lambda ids: ~keys.holds(digest_column(ids))):
+            yield _fitted(batch, schema)
         yield from new
 
     reader = pa.RecordBatchReader.from_batches(schema, stream())
@@ -255,13 +255,16 @@ def _with_vectors(
     rows: TableRef, metadata: list[pa.Field], schema: pa.Schema, cache: Cache, run_id: str
 ) -> Iterator[pa.RecordBatch]:
     """`rows` as rows of the index, a batch at a time."""
-    for batch in rows.batches(rows_schema(metadata)):
-        own = {
-            "vector": cache.vectors(batch.column("text_hash")),
-            "run_id": pa.array([run_id] * batch.num_rows, pa.utf8()),
-        }
-        columns = [own[name] if name in own else batch.column(name) for name in schema.names]
-        yield pa.record_batch(columns, schema=schema)
+    most = max(1, WRITE_BYTES // cache.space.vector_bytes)
+    for read in rows.batches(rows_schema(metadata)):
+        for start in range(0, read.num_rows, most):
+            batch = read.slice(start, most)
+            own = {
+                "vector": cache.vectors(batch.column("text_hash")),
+                "run_id": pa.array([run_id] * batch.num_rows, pa.utf8()),
+            }
+            columns = [own[name] if name in own else batch.column(name) for name in schema.names]
+            yield pa.record_batch(columns, schema=schema)
 
 
 def _then(batches: Iterator[pa.RecordBatch], check: Callable[[], None]) -> Iterator[pa.RecordBatch]:
