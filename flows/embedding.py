@@ -29,9 +29,6 @@ from tasks.schemas import Batch
 from tasks.sender import GIVEN_UP_S, Sender, Terms, sender_of
 from tasks.survey import Survey
 
-FOLD_BYTES = 32 * 2**20
-"""Vectors are folded into the cache in groups of about so many bytes; LanceDB holds five times
-as much meanwhile."""
 WAVE = 2
 """Batches mapped at once, by concurrency; so many more may be in flight."""
 
@@ -175,7 +172,7 @@ class _Collected:
         self._waiting += outcome.texts * self._found.provider.space.vector_bytes
         self._done += outcome.texts + len(outcome.refused) + len(outcome.found)
         tell(Progress("embedding", self._done, self._found.packed.texts))
-        if self._waiting >= FOLD_BYTES:
+        if self._waiting >= self._found.sizes.folded:
             with self.ending_the_run(), self._folding:
                 if not self._sender.stopped:  # else all is folded at the end
                     fold(self._folder, self._found.cache, self._unfolded)

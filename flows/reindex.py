@@ -226,6 +226,7 @@ def _published(
             identity=found.identity,
             cache=found.cache,
             run_id=folder.run_id,
+            sizes=found.sizes,
         )
     report = finished_report(
         survey=found,
