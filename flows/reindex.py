@@ -29,6 +29,7 @@ from tasks.form import Overrides, configured
 from tasks.index import adopt, held, vectors_of
 from tasks.journal import RunFolder, unfolded_answers
 from tasks.limiter import LimiterStatistics
+from tasks.memory import give_back_freed
 from tasks.notes import About
 from tasks.params import Config, TableSource
 from tasks.progress import Progress, listening, tell
@@ -125,6 +126,7 @@ def run_frame(config: str, frame: "pd.DataFrame", overrides: Overrides = Overrid
 
 def _run(config: str, overrides: Overrides) -> RunReport:
     """One run, entered in the ledger however it ends."""
+    give_back_freed()
     settings = configured(config, overrides)
     space = require_runnable(settings, overrides)
     folder = RunFolder(settings.state.uri, _run_id())
@@ -224,6 +226,7 @@ def _published(
             identity=found.identity,
             cache=found.cache,
             run_id=folder.run_id,
+            sizes=found.sizes,
         )
     report = finished_report(
         survey=found,

@@ -166,6 +166,17 @@ class LimitSettings(Settings):
     )
 
 
+class RunLimitSettings(LimitSettings):
+    """What a run may ask of the provider, and of its machine."""
+
+    memory_mb: int | None = Field(
+        default=None,
+        ge=640,
+        description="Most memory that the run's process takes, in MiB; null is half of the "
+        "machine's, 1536 at most.",
+    )
+
+
 class BudgetSettings(Settings):
     """What a run may cost, at list price."""
 
@@ -249,6 +260,7 @@ class Config(Engine):
 
     name: str = Field(min_length=1, max_length=80, description="For people, in reports.")
     source: Source
+    limits: RunLimitSettings = RunLimitSettings()
     index: Index
 
     @model_validator(mode="after")

@@ -216,14 +216,16 @@ class TableRef:
     def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """The table's batches, one at a time, each a copy in memory.
 
-        In the file values lie at multiples of 8 bytes; LanceDB wants decimals at 16, and
-        `create_table` leaves the table empty without an error where they are not.
+        Not mapped: pages of a mapped file count as memory of the process for as long as nobody
+        else wants it. In the file values lie at multiples of 8 bytes; LanceDB wants decimals at
+        16, and `create_table` leaves the table empty without an error where they are not.
         """
-        reader = pa.ipc.open_file(pa.memory_map(self.path))
-        require(reader.schema, schema, self.path)
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            yield batch.take(pa.array(range(batch.num_rows), pa.int64()))
+        with pa.OSFile(self.path) as source:
+            reader = pa.ipc.open_file(source)
+            require(reader.schema, schema, self.path)
+            for number in range(reader.num_record_batches):
+                batch = reader.get_batch(number)
+                yield batch.take(pa.array(range(batch.num_rows), pa.int64()))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from tasks.index import Identity, identity_of, open_index, require_space, scan
 from tasks.journal import unfolded_hashes
 from tasks.keys import hash_column
 from tasks.lookup import LookedUp, lookup
+from tasks.memory import Sizes, sizes_for, within
 from tasks.notes import Refused
 from tasks.pack import Packed, pack
 from tasks.params import Config, FilesSource
@@ -45,6 +46,7 @@ class Survey:
     config: Config
     facts: ModelFacts
     provider: Provider
+    sizes: Sizes
     reader: Reader
     identity: Identity
     cache: Cache
@@ -85,6 +87,8 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
         require_space(table, config.index, identity.space)
 
     keyed = fingerprint(reader, provider.estimate, folder / "keyed.arrow")
+    sizes = sizes_for(config.limits.memory_mb, keyed.table.rows)
+    provider = within(sizes, provider, keyed.table.rows, keyed.text_bytes)
     compare_started = time.perf_counter()
     indexed = scan(table, folder / "indexed.arrow")
     notes = keyed.notes
@@ -115,6 +119,7 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
         config=config,
         facts=facts,
         provider=provider,
+        sizes=sizes,
         reader=reader,
         identity=identity,
         cache=cache,
