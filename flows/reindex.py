@@ -21,6 +21,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.cancelling import CANCELS, ENDS, Whole, by_hand, told
 from flows.embedding import embed_all
 from flows.pausing import ApprovalNeeded, approved, require_approved
+from tasks import memory
 from tasks.artifacts import publish_report
 from tasks.claims import Shared
 from tasks.errors import BudgetReached, EmbedOnceError, NotApproved, SettingsError
@@ -29,7 +30,6 @@ from tasks.form import Overrides, configured
 from tasks.index import adopt, held, vectors_of
 from tasks.journal import RunFolder, unfolded_answers
 from tasks.limiter import LimiterStatistics
-from tasks.memory import give_back_freed
 from tasks.notes import About
 from tasks.params import Config, TableSource
 from tasks.progress import Progress, listening, tell
@@ -126,7 +126,7 @@ def run_frame(config: str, frame: "pd.DataFrame", overrides: Overrides = Overrid
 
 def _run(config: str, overrides: Overrides) -> RunReport:
     """One run, entered in the ledger however it ends."""
-    give_back_freed()
+    memory.spare()
     settings = configured(config, overrides)
     space = require_runnable(settings, overrides)
     folder = RunFolder(settings.state.uri, _run_id())

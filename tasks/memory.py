@@ -38,6 +38,7 @@ _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 """Numbers of two settings of glibc's `mallopt`, from its malloc.h."""
 _LARGE_BYTES = MIB
 _HEAPS = 2
+_READ_AHEAD_BYTES = 16 * MIB
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,16 @@ def estimated_bytes(texts: int, characters: int, vector_bytes: int) -> int:
     return int(OVERHEAD * (COPIES * texts * vector_bytes + 2 * COPIES * characters))
 
 
-def give_back_freed() -> None:
-    """Have this process give back to the system what it frees, from now on.
+def spare() -> None:
+    """Have this process give back what it frees, and LanceDB read ahead less, from now on.
 
     Pieces of some megabytes are made in one thread and freed in another. The C library keeps
     them for later, in a heap for each few threads, and so does Arrow's own allocator: a run of
     100,000 vectors of 1,024 floats held 800 MB, and 500 with this, for 5 % more processor time.
+    Compacting 200,000 of them held 380 MB beside, and 160 with this, in the same time.
     """
+    # LanceDB looks when it reads for the first time.
+    os.environ.setdefault("LANCE_DEFAULT_IO_BUFFER_SIZE", str(_READ_AHEAD_BYTES))
     pa.set_memory_pool(pa.system_memory_pool())
     if sys.platform != "linux":
         return
