@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tasks.aside import one_ahead
 from tasks.errors import CorpusError
 from tasks.keys import digest, first_of_each, identified, key_columns
 from tasks.limits import Estimator
@@ -28,7 +29,7 @@ class Keyed:
         table: KEYED, one row a chunk in corpus order.
         notes: What the reader left out.
         text_bytes: UTF-8 bytes of the texts that were read.
-        read_s: Seconds spent reading and splitting.
+        read_s: Seconds spent reading and splitting, or waiting for it.
         fingerprint_s: Seconds spent hashing.
         stamped: STAMPED, to be kept for the next run; None where nothing is.
         fresh: Whether that is not what was kept before.
@@ -60,7 +61,10 @@ def fingerprint(
     """
     started = time.perf_counter()
     notes = first_pass.notes if first_pass else ReadNotes()
-    reading = _Timed(reader.chunks(notes, first_pass.wanted if first_pass else None))
+    if first_pass:  # which must hear of each document when those before it are through
+        reading = _Timed(reader.chunks(notes, first_pass.wanted))
+    else:
+        reading = _Timed(one_ahead(reader.chunks(notes)))
     rows = identified(reading, reader.metadata, reader.preparation)
     numbers = estimate.sizes(pa.array([], pa.utf8())).shape[1]
     found = (_found(batch, reader.preparation, estimate, numbers) for batch in rows)
