@@ -44,6 +44,7 @@ from tasks.run import (
     ended_report,
     enter,
     finished_report,
+    keep_found,
     record_death,
     settle_quarantine,
 )
@@ -241,6 +242,7 @@ def _published(
         clock=clock,
     )
     _close(report, folder)
+    keep_found(found, filled, published)
     tidy_published(published, filled.rows.rows, found.config.index, found.cache, folder.run_id)
     return report
 

@@ -62,7 +62,13 @@ def hash_column(digests: Sequence[bytes]) -> pa.Array:
 def digest_column(texts: pa.Array) -> pa.Array:
     """The digest of each of `texts`, none of them null."""
     # As bytes they are hashed as they lie; as text each would be decoded and encoded first.
-    return hash_column([digest(text) for text in texts.cast(pa.binary()).to_pylist()])
+    return _digests(texts.cast(pa.binary()).to_pylist())
+
+
+def _digests(data: Sequence[bytes]) -> pa.Array:
+    """`digest` of each: a call of it for each would take a quarter more."""
+    joined = b"".join([blake2b(each, digest_size=16).digest() for each in data])
+    return pa.FixedSizeBinaryArray.from_buffers(HASH, len(data), [None, pa.py_buffer(joined)])
 
 
 def identified(
@@ -149,7 +155,9 @@ class KeySet:
 
     def __init__(self, keys: pa.Array | pa.ChunkedArray) -> None:
         high, low = _halves(keys)
-        self._position = np.argsort(high, kind="stable")
+        self._position = np.argsort(high)  # four times as fast as a stable sort
+        if _repeats(high[self._position]).any():
+            self._position = np.argsort(high, kind="stable")
         self._high, self._low = high[self._position], low[self._position]
 
     def __len__(self) -> int:
@@ -181,10 +189,18 @@ class KeySet:
 def first_of_each(keys: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.int64]:
     """Positions at which a key stands for the first time, ascending."""
     high, low = _halves(keys)
-    order = np.lexsort((low, high))  # stable: equal keys stay in their order
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
-    return np.sort(order[new])
+    order = np.argsort(high)
+    alike = _repeats(high[order])
+    some = np.sort(order[alike | np.append(alike[1:], False)])  # most share no half with another
+    some = some[np.lexsort((low[some], high[some]))]  # stable: equal keys stay in their order
+    first = np.ones(len(high), dtype=bool)
+    first[some[_repeats(high[some]) & _repeats(low[some])]] = False
+    return np.flatnonzero(first)
+
+
+def _repeats(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """For each value whether it is the one before it."""
+    return np.append(False, values[1:] == values[:-1])[: len(values)]
 
 
 def _halves(
@@ -202,7 +218,7 @@ def _halves(
 def _row_hashes(columns: Sequence[pa.Array]) -> pa.Array:
     """For each row the digest of all `columns`; when it differs, the row moved."""
     joined = pc.binary_join_element_wise(*[_tagged(column) for column in columns], b"")
-    return hash_column([digest(row) for row in joined.to_pylist()])
+    return _digests(joined.to_pylist())
 
 
 def _tagged(column: pa.Array) -> pa.Array:

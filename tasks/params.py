@@ -62,6 +62,11 @@ class FilesSource(Settings):
     include: list[str] = Field(default=["**/*"], description="Patterns as in .gitignore.")
     exclude: list[str] = Field(default=[], description="Patterns as in .gitignore.")
     respect_gitignore: bool = Field(default=True, description="Skip what git ignores.")
+    trust_mtime: bool = Field(
+        default=True,
+        description="Do not read a file again that was not touched since the index was published, "
+        "by its size, times and inode. false: read every file.",
+    )
     split: Split = Split()
 
 

@@ -46,6 +46,25 @@ KEYED = pa.schema(
 the exact text that is sent, `row_hash` the document and metadata; `tokens` is its estimate.
 """
 
+
+def found_schema(numbers: int) -> pa.Schema:
+    """Schema of FOUND: KEYED with the sizes, so many numbers each, that its tokens follow from."""
+    sizes = pa.field("sizes", pa.list_(pa.int32(), numbers), nullable=False)
+    return pa.schema([*[field for field in KEYED if field.name != "tokens"], sizes])
+
+
+def stamped_schema(numbers: int) -> pa.Schema:
+    """Schema of STAMPED: FOUND with the stamp of its file; null where that cannot be trusted.
+
+    A file without a chunk has one row, of a `document_key` and why it was `skipped`.
+    """
+    found = [
+        field if field.name == "document_key" else field.with_nullable(True)
+        for field in found_schema(numbers)
+    ]
+    return pa.schema([*found, pa.field("stamp", HASH), pa.field("skipped", pa.utf8())])
+
+
 INDEXED = pa.schema(
     [
         pa.field("id", pa.utf8(), nullable=False),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+from lancedb.table import Table
 
 from tasks.budget import usd_text
 from tasks.cache import Cache
@@ -20,7 +21,7 @@ from tasks.errors import SettingsError, StorageFailed
 from tasks.fill import Filled
 from tasks.fingerprint import Keyed, fingerprint
 from tasks.form import Overrides
-from tasks.index import Identity, identity_of, open_index, require_space, scan
+from tasks.index import Identity, generations, identity_of, open_index, require_space, scan
 from tasks.journal import unfolded_hashes
 from tasks.keys import hash_column
 from tasks.lookup import LookedUp, lookup
@@ -36,6 +37,7 @@ from tasks.read import Reader
 from tasks.read.files import FilesReader
 from tasks.read.tables import TableReader
 from tasks.schemas import CHANGES, DELETIONS, HASH, TableRef, metadata_fields
+from tasks.stamps import FirstPass, kept_stamps, made_by
 from tasks.storage import is_local, storage_at
 
 
@@ -66,13 +68,16 @@ class Survey:
         return pa.concat_arrays([self.looked_up.quarantined, hashes])
 
 
-def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
+def survey(
+    config: Config, overrides: Overrides, folder: Path, *, all_files: bool = False
+) -> Survey:
     """Read, fingerprint, compare, look up and pack; nothing is sent or published.
 
     Args:
         config: Which corpus, which index.
         overrides: What this run does otherwise.
         folder: Staging folder for the tables between the stages.
+        all_files: Read every file, whatever is known of it.
 
     Raises:
         SettingsError: The config does not fit the corpus, the model or the index.
@@ -86,7 +91,8 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
     if table is not None:
         require_space(table, config.index, identity.space)
 
-    keyed = fingerprint(reader, provider.estimate, folder / "keyed.arrow")
+    first_pass = None if all_files else _first_pass(config, overrides, reader, provider, table)
+    keyed = fingerprint(reader, provider.estimate, folder / "keyed.arrow", first_pass)
     sizes = sizes_for(config.limits.memory_mb, keyed.table.rows)
     provider = within(sizes, provider, keyed.table.rows, keyed.text_bytes)
     compare_started = time.perf_counter()
@@ -133,6 +139,22 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
         compare_s=lookup_started - compare_started,
         lookup_s=time.perf_counter() - lookup_started,
     )
+
+
+def _first_pass(
+    config: Config, overrides: Overrides, reader: Reader, provider: Provider, table: Table | None
+) -> FirstPass | None:
+    """What is known of the files of the corpus; None where all is to be read."""
+    source = config.source
+    if not (isinstance(source, FilesSource) and isinstance(reader, FilesReader)):
+        return None
+    if not source.trust_mtime:
+        return None
+    known = generations(table) if table is not None else []
+    prepend = config.embedding.prepend
+    made = made_by(source, reader.splitter, prepend, provider.estimate.measure)
+    kept = kept_stamps(config, known[-1] if known else None, made)
+    return FirstPass(reader.stamp, made, kept, narrow=bool(overrides.narrow))
 
 
 def _by_name(fields: list[pa.Field]) -> dict[str, pa.DataType]:

@@ -29,6 +29,7 @@ from tasks.providers.lexical import Lexical
 from tasks.publish import Published, publish, tidy_published
 from tasks.read import ReadNotes, Wanted
 from tasks.recover import Recovered, recover
+from tasks.run import keep_found
 from tasks.schemas import BATCH, CHUNKS, TableRef, vectors_schema
 from tasks.sender import Terms, forget_sender, sender_of
 from tasks.survey import Survey, require_safe, survey
@@ -299,6 +300,7 @@ def reindex() -> Callable[..., Ran]:
                 run_id=folder.run_id,
             )
             folder.forget_notes()
+            keep_found(found, filled, published)
             tidy_published(published, filled.rows.rows, config.index, found.cache, folder.run_id)
         return Ran(found, published, sent, recovered, calls)
 

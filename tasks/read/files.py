@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +15,7 @@ from tasks.prepare import PLAIN, Preparation
 from tasks.read import ReadNotes, Wanted
 from tasks.read.decode import decode
 from tasks.read.split import Piece, Splitter, kind_of
+from tasks.read.stamp import stamp_of
 from tasks.read.titles import ALGORITHM, outline
 from tasks.read.tree import Tree
 from tasks.schemas import CHUNKS
@@ -76,6 +77,13 @@ class FilesReader:
         root, documents = self._listing(notes)
         schema = pa.schema([*CHUNKS, *self.metadata])
         return _batches(self._pieces(root, documents, notes, wanted), schema)
+
+    @property
+    def stamp(self) -> Callable[[str], bytes | None]:
+        """By a document's name the stamp of its file; see `stamp_of`."""
+        path = Path(self.source.path).resolve()
+        root = str(path.parent if path.is_file() else path)
+        return lambda document: stamp_of(f"{root}/{document}")
 
     def _listing(self, notes: ReadNotes) -> tuple[Path, Iterable[str]]:
         """The folder that documents are named from, and their names."""
