@@ -28,7 +28,8 @@ class Keyed:
     Attributes:
         table: KEYED, one row a chunk in corpus order.
         notes: What the reader left out.
-        text_bytes: UTF-8 bytes of the texts that were read.
+        chunks_read: How many of them were read, and not known from the last run.
+        text_bytes: UTF-8 bytes of the texts of those.
         read_s: Seconds spent reading and splitting, or waiting for it.
         fingerprint_s: Seconds spent hashing.
         stamped: STAMPED, to be kept for the next run; None where nothing is.
@@ -37,6 +38,7 @@ class Keyed:
 
     table: TableRef
     notes: ReadNotes = field(repr=False)
+    chunks_read: int
     text_bytes: int
     read_s: float
     fingerprint_s: float
@@ -78,6 +80,7 @@ def fingerprint(
     return Keyed(
         table,
         notes,
+        chunks_read=reading.rows,
         text_bytes=reading.text_bytes,
         read_s=reading.seconds,
         fingerprint_s=total - reading.seconds,
@@ -152,11 +155,12 @@ def _refuse_repeated(table: TableRef, reader: Reader) -> None:
 
 
 class _Timed(Iterator[pa.RecordBatch]):
-    """An iterator that knows how long it was waited for, in seconds, and how much text it gave."""
+    """An iterator that knows how long it was waited for, in seconds, and how much it gave."""
 
     def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
         self._batches = batches
         self.seconds = 0.0
+        self.rows = 0
         self.text_bytes = 0
 
     def __next__(self) -> pa.RecordBatch:
@@ -165,5 +169,6 @@ class _Timed(Iterator[pa.RecordBatch]):
             batch = next(self._batches)
         finally:
             self.seconds += time.perf_counter() - started
+        self.rows += batch.num_rows
         self.text_bytes += pc.sum(pc.binary_length(batch.column("text"))).as_py() or 0
         return batch

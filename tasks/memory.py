@@ -106,7 +106,7 @@ def within(sizes: Sizes, provider: Provider, chunks: int, text_bytes: int) -> Pr
     Args:
         sizes: Those of the run.
         provider: By the config.
-        chunks: Of the corpus.
+        chunks: Of the corpus, as many as were looked at.
         text_bytes: Of the texts of all of them.
     """
     limits = provider.limits

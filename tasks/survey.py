@@ -94,7 +94,7 @@ def survey(
     first_pass = None if all_files else _first_pass(config, overrides, reader, provider, table)
     keyed = fingerprint(reader, provider.estimate, folder / "keyed.arrow", first_pass)
     sizes = sizes_for(config.limits.memory_mb, keyed.table.rows)
-    provider = within(sizes, provider, keyed.table.rows, keyed.text_bytes)
+    provider = within(sizes, provider, keyed.chunks_read, keyed.text_bytes)
     compare_started = time.perf_counter()
     indexed = scan(table, folder / "indexed.arrow")
     notes = keyed.notes
