@@ -20,6 +20,9 @@ from tasks.schemas import KEYED, TableRef, found_schema, stamped_schema
 from tasks.stage import stage
 from tasks.stamps import MADE_BY, FirstPass
 
+NAMED = 5
+"""Repeated ids that a message names."""
+
 
 @dataclass(frozen=True)
 class Keyed:
@@ -143,12 +146,13 @@ def _refuse_repeated(table: TableRef, reader: Reader) -> None:
     names: list[str] = []
     for batch in identified(reader.chunks(ReadNotes()), reader.metadata, reader.preparation):
         for id_ in batch.column("id").to_pylist():
-            if digest(id_.encode()) in repeated and id_ not in names:
+            if len(names) < NAMED and digest(id_.encode()) in repeated and id_ not in names:
                 names.append(id_)
-    shown = ", ".join(repr(name) for name in names[:5])
+        if len(names) == NAMED:
+            break
     raise CorpusError(
-        f"{len(repeated)} ids stand more than once in the corpus: {shown}"
-        f"{', …' if len(repeated) > 5 else ''}. "  # noqa: PLR2004
+        f"{len(repeated):,} ids stand more than once in the corpus: "
+        f"{', '.join(map(repr, names))}{', …' if len(repeated) > len(names) else ''}. "
         "Give each chunk an id of its own, or name another column in source.id.",
         ids=names,
     )

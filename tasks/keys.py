@@ -203,6 +203,29 @@ def _repeats(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
     return np.append(False, values[1:] == values[:-1])[: len(values)]
 
 
+def paired(
+    left: pa.Array | pa.ChunkedArray, right: pa.Array | pa.ChunkedArray
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Positions of equal keys on both sides, the n-th of each key left with the n-th right."""
+    (left_high, left_low), (right_high, right_low) = _halves(left), _halves(right)
+    high, low = np.append(left_high, right_high), np.append(left_low, right_low)
+    order = np.lexsort((low, high))  # stable: of equal keys the left ones come first, in order
+    starts = np.ones(len(order), dtype=bool)
+    starts[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
+    group = np.cumsum(starts)
+    is_left = order < len(left_high)
+    sides = []
+    for own in (is_left, ~is_left):
+        groups = group[own]
+        first = np.searchsorted(groups, groups)
+        sides.append((order[own], groups * (len(order) + 1) + np.arange(len(groups)) - first))
+    (at_left, named_left), (at_right, named_right) = sides
+    _, pick_left, pick_right = np.intersect1d(
+        named_left, named_right, assume_unique=True, return_indices=True
+    )
+    return at_left[pick_left], at_right[pick_right] - len(left_high)
+
+
 def _halves(
     keys: pa.Array | pa.ChunkedArray,
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:

@@ -27,6 +27,7 @@ from tasks.plan import chunks_of, cost_of, texts_of
 from tasks.providers import Space
 from tasks.publish import Published
 from tasks.quarantine import Quarantine
+from tasks.read.tree import CHANGED
 from tasks.recover import Recovered
 from tasks.report import (
     Calls,
@@ -168,7 +169,7 @@ def finished_report(
     left_out = KeySet(filled.left_out.column("text_hash").combine_chunks())
     skipped = Counter(survey.keyed.notes.skipped)
     if filled.unsettled:
-        skipped["changed while it was read"] = filled.unsettled
+        skipped[CHANGED] += filled.unsettled
     state = "unchanged" if published.way == "none" else "completed"
     incomplete = bool(filled.unsettled or survey.keyed.notes.failed or survey.compared.held)
     if incomplete:

@@ -17,7 +17,7 @@ from tasks.read.decode import decode
 from tasks.read.split import Piece, Splitter, kind_of
 from tasks.read.stamp import stamp_of
 from tasks.read.titles import ALGORITHM, outline
-from tasks.read.tree import Tree
+from tasks.read.tree import CHANGED, Tree, contents
 from tasks.schemas import CHUNKS
 
 ROWS = 2000
@@ -148,9 +148,12 @@ def _narrow(path: Path, narrow: str | None, *, is_folder: bool) -> str | None:
 def _text(path: Path, document: str, notes: ReadNotes) -> str | None:
     """The document's text; None, with a note, where there is none to embed."""
     try:
-        data = path.read_bytes()
+        data = contents(path)
     except OSError:
         notes.fail("unreadable", document)
+        return None
+    if data is None:
+        notes.fail(CHANGED, document)
         return None
     text = decode(data)
     if not data:

@@ -8,7 +8,7 @@ import io
 import re
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +22,15 @@ from pyarrow import parquet
 
 from tasks.errors import CorpusError
 from tasks.params import TableSource
-
-ROWS = 8192
-"""Rows a batch holds at most."""
-
-BLOCK_BYTES = 4 << 20
-"""Bytes of a CSV file that are parsed at once."""
+from tasks.read.portions import (
+    BLOCK_BYTES,
+    PAGE_BYTES,
+    ROWS,
+    copied,
+    halved,
+    portions,
+    rows_at_once,
+)
 
 LINES = ("start_line", "end_line")
 """Integer columns of these names become the index's own."""
@@ -35,15 +38,23 @@ LINES = ("start_line", "end_line")
 LONGEST_HEADER = 1 << 16
 """Characters of a CSV header that are looked at for a message."""
 
+_FAULTS = (pa.ArrowException, OSError, LookupError, ValueError, RuntimeError, ArithmeticError)
+
 STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 @contextmanager
 def reading(path: Path, hint: str = "Mend the file, or make it again.") -> Iterator[None]:
-    """Turn what a format's library raises into a CorpusError that names the file."""
+    """Turn what a format's library raises into a CorpusError; refuse a pipe, which has no end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise CorpusError(
+            f"{path} is neither a file nor a folder, but a pipe or a device. A corpus is read more "
+            "than once: write what comes from it to a file.",
+            path=str(path),
+        )
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError, RuntimeError, OverflowError) as error:
+    except _FAULTS as error:
         raise CorpusError(
             f"{path} cannot be read in full: {short(error)}. {hint} "
             "Nothing is taken from a corpus that is read in part.",
@@ -104,13 +115,6 @@ def other_separator(header: str) -> str:
     return ""
 
 
-def _slices(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The rows of `batches`, at most ROWS at a time."""
-    for batch in batches:
-        for start in range(0, batch.num_rows, ROWS):
-            yield batch.slice(start, ROWS)
-
-
 @dataclass(frozen=True)
 class Part(ABC):
     """One file or table of the corpus.
@@ -156,14 +160,18 @@ class ParquetPart(Part):
                 return file.schema_arrow
 
     def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """All rows; only the pages of the columns asked for are read."""
+        """All rows; of the columns asked for, a few pages at a time, not a whole row group."""
         with (
             reading(self.path),
-            parquet.ParquetFile(self.path, page_checksum_verification=True) as file,
+            parquet.ParquetFile(
+                self.path, page_checksum_verification=True, buffer_size=PAGE_BYTES
+            ) as file,
         ):
+            rows = rows_at_once(file.metadata, set(schema.names))
             # All groups at once, pyarrow 26 keeps what it has handed out until the end.
             for group in range(file.num_row_groups):
-                yield from file.iter_batches(ROWS, row_groups=[group], columns=schema.names)
+                batches = file.iter_batches(rows, row_groups=[group], columns=schema.names)
+                yield from portions(batches)
 
 
 class ArrowPart(Part):
@@ -175,17 +183,18 @@ class ArrowPart(Part):
             return self._open(file, None).schema
 
     def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """All rows, mapped into memory."""
+        """All rows, mapped into memory and copied a batch at a time."""
         names = self.schema().names
         with reading(self.path), pa.memory_map(str(self.path)) as file:
             # Columns that are left out are not unpacked, but those that are read are copied then.
             some = [names.index(name) for name in schema.names]
             reader = self._open(file, some if len(some) < len(names) else None)
-            if isinstance(reader, pa.ipc.RecordBatchFileReader):
-                numbers = range(reader.num_record_batches)
-                yield from _slices(self._whole(reader.get_batch(number)) for number in numbers)
-            else:
-                yield from _slices(self._whole(batch) for batch in reader)
+            size = file.size()
+            for batch in self._as_long(size, reader):
+                for start in range(0, batch.num_rows, ROWS):
+                    self._require(size)
+                    for part in halved(batch.slice(start, ROWS)):
+                        yield self._copied(part, size)
 
     def _open(
         self, file: pa.MemoryMappedFile, columns: list[int] | None
@@ -207,15 +216,38 @@ class ArrowPart(Part):
         file.seek(0)
         return pa.ipc.open_stream(file, options=options)
 
-    @staticmethod
-    def _whole(batch: pa.RecordBatch) -> pa.RecordBatch:
+    def _as_long(self, size: int, reader: Any) -> Iterator[pa.RecordBatch]:
+        """What stands in the file, while it is still `size` bytes long.
+
+        Whoever touches a mapped page that is no longer in the file is killed without a word.
+        """
+        number = 0
+        stream = isinstance(reader, pa.ipc.RecordBatchStreamReader)
+        while stream or number < reader.num_record_batches:
+            self._require(size)
+            batch = next(reader, None) if stream else reader.get_batch(number)
+            if batch is None:
+                return
+            yield batch
+            number += 1
+
+    def _copied(self, batch: pa.RecordBatch, size: int) -> pa.RecordBatch:
         """`batch`, whose offsets were checked: nothing else checks those of a mapped file."""
+        self._require(size)
         try:
             batch.validate(full=True)
         except pa.ArrowInvalid as error:
             if "UTF8" not in str(error):
                 raise
-        return batch
+        return copied(batch)
+
+    def _require(self, size: int) -> None:
+        if self.path.stat().st_size < size:
+            raise CorpusError(
+                f"{self.path} became shorter while it was read. Let what writes it end, better "
+                "write a new file and rename it to this one, then run again.",
+                path=str(self.path),
+            )
 
 
 class LancePart(Part):
@@ -238,7 +270,7 @@ class LancePart(Part):
         """All rows, in the order of the table's fragments."""
         with reading(self.path):
             query = self._table.search().select(schema.names)
-            yield from _slices(query.to_batches(batch_size=ROWS))
+            yield from portions(query.to_batches(batch_size=ROWS))
 
 
 class CsvPart(Part):
@@ -270,7 +302,7 @@ class CsvPart(Part):
             _Ended(self.path, f"\n{row}\n".encode()) as file,
             pa_csv.open_csv(cast("IO[bytes]", file), **self._options(schema.names)) as reader,
         ):
-            for batch in _slices(reader):
+            for batch in portions(reader):
                 if held is not None:
                     yield self._parsed(held, schema)
                 held = batch

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.errors import CorpusError, SettingsError
+from tasks.keys import has_bytes
 from tasks.params import TableSource
 from tasks.prepare import PLAIN, Preparation
 from tasks.read import ReadNotes, Wanted
@@ -291,8 +292,14 @@ def _files(folder: Path, above: tuple[str, ...], skip_paths: frozenset[Path]) ->
     with reading(folder, "Make it readable."):
         entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
     for entry in entries:
-        if entry.name.startswith((".", "_")) or (skip_paths and entry.resolve() in skip_paths):
+        if entry.name.startswith((".", "_")) or Path(os.path.realpath(entry)) in skip_paths:
             continue
+        if not has_bytes(entry.name):
+            shown = os.fsencode(entry).decode(errors="replace")
+            raise SettingsError(
+                f"{shown}: this name is not UTF-8. Rename it; readers of tables take no other.",
+                path=shown,
+            )
         if not entry.is_dir():
             yield entry
         elif entry.suffix.lower() == ".lance":

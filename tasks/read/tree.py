@@ -20,6 +20,9 @@ _Pattern = TypeVar("_Pattern", GitIgnoreBasicPattern, GitIgnoreSpecPattern)
 
 _VERSION_CONTROL = frozenset({".git", ".hg", ".svn"})
 
+CHANGED = "changed while it was read"
+"""What was listed, but was gone or something else by the time it was opened; the next run sees."""
+
 
 @dataclass(frozen=True)
 class _Rules:
@@ -138,19 +141,21 @@ class Tree:
         """What `folder` holds, in the order in which their documents' names sort."""
         try:
             rules = folder.rules + self._own_rules(folder.name)
-            with os.scandir(self.root / folder.name) as entries:
+            here = self.root / folder.name
+            ours = {path.name for path in self.skip_paths if path.parent == here}
+            with os.scandir(here) as entries:
                 found = [
                     self._entry(entry, folder.name, rules)
                     for entry in entries
-                    if entry.name not in _VERSION_CONTROL
-                    and self.root / folder.name / entry.name not in self.skip_paths
+                    if entry.name not in _VERSION_CONTROL and entry.name not in ours
                 ]
         except OSError as error:
             if not folder.name:
                 raise SettingsError(
                     f"source.path: {self.root} cannot be listed: {error.strerror}."
                 ) from None
-            _note(notes, "unreadable", folder.name)
+            gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+            _note(notes, CHANGED if gone else "unreadable", folder.name)
             return []
         return sorted((entry for entry in found if entry), key=lambda entry: entry.name)
 
@@ -211,8 +216,27 @@ class Tree:
         return tuple(rules)
 
 
+def contents(path: Path) -> bytes | None:
+    """The bytes of the file at `path`; None where there is no file any more.
+
+    A pipe or device that took its place is not waited for.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        return None
+    with os.fdopen(file, "rb") as opened:
+        return opened.read()
+
+
 def _note(notes: ReadNotes, trouble: str, name: str) -> None:
-    if trouble == "unreadable":
+    if trouble in {CHANGED, "unreadable"}:
         notes.fail(trouble, name)
         return
     notes.skip(trouble, os.fsencode(name).decode(errors="replace"))
@@ -228,14 +252,23 @@ def _name_trouble(name: str) -> str | None:
     return None
 
 
-def _compiled(kind: Callable[[str], _Pattern], patterns: Iterable[str], key: str) -> list[_Pattern]:
+def _compiled(kind: Callable[..., _Pattern], patterns: Iterable[str], key: str) -> list[_Pattern]:
     compiled = []
     for pattern in patterns:
         try:
-            compiled.append(kind(pattern))
+            compiled.append(_pattern(kind, pattern))
         except ValueError:
             raise SettingsError(f"{key}: {pattern!r} is no pattern as in .gitignore.") from None
     return compiled
+
+
+def _pattern(kind: Callable[..., _Pattern], line: str) -> _Pattern:
+    """The pattern in `line`, for names that may hold line feeds: pathspec's stops at them."""
+    pattern = kind(line)
+    if pattern.regex is None:
+        return pattern
+    whole = re.sub(r"\$(\)?)$", r"\\Z\1", pattern.regex.pattern)
+    return kind(re.compile(whole, re.DOTALL), pattern.include)
 
 
 def _ignore_file(path: Path) -> list[GitIgnoreSpecPattern]:
@@ -244,14 +277,9 @@ def _ignore_file(path: Path) -> list[GitIgnoreSpecPattern]:
     Raises:
         OSError: There is one, but it cannot be read.
     """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return []
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    data = contents(path) or b""
     patterns = []
     for line in data.decode(errors="surrogateescape").removeprefix("\ufeff").split("\n"):
         with contextlib.suppress(ValueError):
-            patterns.append(GitIgnoreSpecPattern(line))
+            patterns.append(_pattern(GitIgnoreSpecPattern, line))
     return patterns
