@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, ClassVar, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,11 +23,17 @@ from pyarrow import parquet
 from tasks.errors import CorpusError
 from tasks.params import TableSource
 
+if TYPE_CHECKING:
+    from tasks.read.bucket import Stored
+
+Place: TypeAlias = "Path | Stored"
+"""Where a file or table is: on a disk, or in a bucket."""
+
 ROWS = 8192
 """Rows a batch holds at most."""
 
 BLOCK_BYTES = 4 << 20
-"""Bytes of a CSV file that are parsed at once."""
+"""Bytes of a CSV file that are parsed at once, and of a column that are asked of a bucket."""
 
 LINES = ("start_line", "end_line")
 """Integer columns of these names become the index's own."""
@@ -39,7 +45,7 @@ STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 @contextmanager
-def reading(path: Path, hint: str = "Mend the file, or make it again.") -> Iterator[None]:
+def reading(path: Place, hint: str = "Mend the file, or make it again.") -> Iterator[None]:
     """Turn what a format's library raises into a CorpusError that names the file."""
     try:
         yield
@@ -84,7 +90,7 @@ def text_array(values: Sequence[Any]) -> "pa.Array[Any]":
     return pa.Array.from_buffers(pa.utf8(), len(encoded), encoded.buffers())
 
 
-def refuse_utf16(path: Path) -> None:
+def refuse_utf16(path: Place) -> None:
     """Raise a CorpusError if the file at `path` is UTF-16 by its first bytes."""
     with reading(path), path.open("rb") as file:
         start = file.read(2)
@@ -121,7 +127,7 @@ class Part(ABC):
         sparse: Whether a row need not name every column.
     """
 
-    path: Path
+    path: Place
     source: TableSource
     sparse: ClassVar[bool] = False
 
@@ -149,19 +155,27 @@ class ParquetPart(Part):
 
     def schema(self) -> pa.Schema:
         """The columns that the footer states."""
-        with reading(self.path):
-            if not self.path.stat().st_size:
-                raise CorpusError(f"{self.path} is empty, and so no Parquet file. Make it again.")
-            with parquet.ParquetFile(self.path) as file:
-                return file.schema_arrow
+        with reading(self.path), self._opened() as file:
+            return file.schema_arrow
 
     def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """All rows; only the pages of the columns asked for are read."""
-        with (
-            reading(self.path),
-            parquet.ParquetFile(self.path, page_checksum_verification=True) as file,
-        ):
+        with reading(self.path), self._opened() as file:
             yield from file.iter_batches(ROWS, columns=schema.names)
+
+    @contextmanager
+    def _opened(self) -> Iterator[parquet.ParquetFile]:
+        on_disk = isinstance(self.path, Path)
+        with self.path.open("rb", buffering=0) as raw:
+            if not raw.seek(0, io.SEEK_END):
+                raise CorpusError(f"{self.path} is empty, and so no Parquet file. Make it again.")
+            # Else all that a row group has of a column is asked of a bucket at once.
+            size = 0 if on_disk else BLOCK_BYTES
+            source = self.path if on_disk else raw
+            with parquet.ParquetFile(
+                source, buffer_size=size, page_checksum_verification=True
+            ) as file:
+                yield file
 
 
 class ArrowPart(Part):
@@ -169,13 +183,13 @@ class ArrowPart(Part):
 
     def schema(self) -> pa.Schema:
         """The columns that the file states first."""
-        with reading(self.path), pa.memory_map(str(self.path)) as file:
+        with reading(self.path), self._opened() as file:
             return self._open(file, None).schema
 
     def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """All rows, mapped into memory."""
+        """All rows, on a disk mapped into memory."""
         names = self.schema().names
-        with reading(self.path), pa.memory_map(str(self.path)) as file:
+        with reading(self.path), self._opened() as file:
             # Columns that are left out are not unpacked, but those that are read are copied then.
             some = [names.index(name) for name in schema.names]
             reader = self._open(file, some if len(some) < len(names) else None)
@@ -185,8 +199,13 @@ class ArrowPart(Part):
             else:
                 yield from _slices(self._whole(batch) for batch in reader)
 
+    def _opened(self) -> pa.NativeFile:
+        if isinstance(self.path, Path):
+            return pa.memory_map(str(self.path))
+        return pa.PythonFile(self.path.open("rb"), "r")
+
     def _open(
-        self, file: pa.MemoryMappedFile, columns: list[int] | None
+        self, file: pa.NativeFile, columns: list[int] | None
     ) -> pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader:
         options = pa.ipc.IpcReadOptions(included_fields=columns)
         start = file.read(6)
@@ -313,8 +332,8 @@ class CsvPart(Part):
                     ) from None
                 if "columns, got" not in message:
                     raise
-                with self.path.open(encoding="utf-8", errors="replace") as file:
-                    hint = other_separator(file.readline(LONGEST_HEADER))
+                with self.path.open("rb") as file:
+                    hint = other_separator(file.readline(LONGEST_HEADER).decode(errors="replace"))
                 raise CorpusError(
                     f"{self.path}: a row has more or fewer cells than the header "
                     f"({short(error).removeprefix('CSV parse error: ')}). A cell that holds a "
@@ -342,8 +361,8 @@ class _Ended(io.RawIOBase):
     one row of ours, it swallows that row too, and that is seen.
     """
 
-    def __init__(self, path: Path, end: bytes) -> None:
-        self._file = path.open("rb")
+    def __init__(self, path: Place, end: bytes) -> None:
+        self._file = cast("io.BufferedReader", path.open("rb"))
         self._end = end
 
     def readable(self) -> bool:
