@@ -21,7 +21,8 @@ from tasks.form import Overrides
 from tasks.index import open_index
 from tasks.params import Config, FilesSource, TableSource
 from tasks.plan import make_plan
-from tasks.read import ReadNotes, bucket as buckets
+from tasks.read import ReadNotes, formats
+from tasks.read import bucket as buckets
 from tasks.read.files import FilesReader
 from tasks.read.tables import TableReader
 from tasks.storage import objects, storage_at
@@ -38,7 +39,9 @@ def put(uri: str, files: dict[str, str | bytes]) -> None:
         way = f"{prefix}/{key}" if prefix else key
         quoted = requests.utils.quote(way, safe="/")
         request = requests.Request("PUT", "http://host", data=data).prepare()
-        request.url = f"{os.environ['AWS_ENDPOINT_URL']}/{name}/{quoted}"  # as it stands: `//` is a key too
+        request.url = (
+            f"{os.environ['AWS_ENDPOINT_URL']}/{name}/{quoted}"  # as it stands: `//` is a key too
+        )
         requests.Session().send(request, timeout=10).raise_for_status()
 
 
@@ -197,3 +200,138 @@ def test_only_so_much_is_read_ahead(bucket: str, monkeypatch: pytest.MonkeyPatch
     assert next(contents)[0] == "0.txt"
     assert len(asked) == 2
     assert [name for name, _ in contents] == [f"{number}.txt" for number in range(2, 9)]
+
+
+# Tables
+
+ROWS = pa.table(
+    {
+        "id": [f"row-{number}" for number in range(20_000)],
+        "text": [f"text {number} ü" for number in range(20_000)],
+        "lang": ["en", "de"] * 10_000,
+    }
+)
+
+
+def write_csv(table: pa.Table, path: Path) -> None:
+    csv.write_csv(table, path)
+
+
+def write_lines(table: pa.Table, path: Path) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in table.to_pylist()))
+
+
+def write_arrow(table: pa.Table, path: Path) -> None:
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=3000)
+
+
+def write_stream(table: pa.Table, path: Path) -> None:
+    with pa.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=3000)
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    parquet.write_table(table, path, row_group_size=7000)
+
+
+WRITERS = {
+    "t.csv": write_csv,
+    "t.jsonl": write_lines,
+    "t.arrow": write_arrow,
+    "t.ipc": write_stream,
+    "t.parquet": write_parquet,
+}
+
+
+def table_reader(path: str, skip: tuple[str, ...] = (), **columns: Any) -> TableReader:
+    return TableReader(TableSource.model_validate({"kind": "table", "path": path, **columns}), skip)
+
+
+def rows_of(reader: TableReader, columns: tuple[str, ...] = ("id", "text", "lang")) -> pa.Table:
+    schema = pa.schema([(name, pa.utf8()) for name in columns])
+    found = pa.Table.from_batches(reader.chunks(ReadNotes()))
+    return found.select(list(columns)).cast(schema).combine_chunks()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_of_a_table_is_read_as_on_a_disk(bucket: str, tmp_path: Path, name: str) -> None:
+    WRITERS[name](ROWS, tmp_path / name)
+    put(bucket, {f"tables/{name}": (tmp_path / name).read_bytes()})
+    assert rows_of(table_reader(f"{bucket}/tables/{name}")) == ROWS
+    some = table_reader(f"{bucket}/tables/{name}", metadata=[])
+    assert rows_of(some, ("id", "text")) == ROWS.select(["id", "text"])
+
+
+def test_a_lancedb_table_in_a_bucket_is_a_corpus(bucket: str) -> None:
+    lancedb.connect(f"{bucket}/db").create_table("t", ROWS)
+    found = rows_of(table_reader(f"{bucket}/db/t.lance"))
+    assert found.sort_by("id") == ROWS.sort_by("id")
+    with pytest.raises(SettingsError, match=r"db/t\.lance is a LanceDB table.*must name itself"):
+        rows_of(table_reader(f"{bucket}/db"))
+    with pytest.raises(SettingsError, match="where the index or its state is kept"):
+        rows_of(table_reader(f"{bucket}/db/t.lance", (f"{bucket}/db/t.lance",)))
+
+
+def test_a_folder_of_tables_is_read_in_order_less_what_is_hidden_or_ours(bucket: str) -> None:
+    lines = {name: json.dumps({"id": name, "text": name}) for name in ("b/2", "a/1", "b-/0")}
+    put(f"{bucket}/t", {f"{name}.jsonl": line for name, line in lines.items()})
+    put(f"{bucket}/t", {"_meta/x.json": "no", ".x/y.txt": "no", "state/z.arrow": "no", "old/": b""})
+    reader = table_reader(f"{bucket}/t", (f"{bucket}/t/state",))
+    assert rows_of(reader, ("id",)).column("id").to_pylist() == ["a/1", "b-/0", "b/2"]
+    put(f"{bucket}/t", {"c.csv": "id,text\n1,x\n"})
+    with pytest.raises(SettingsError, match=r"must hold files of one kind: .*/t/a/1\.jsonl and"):
+        rows_of(table_reader(f"{bucket}/t", (f"{bucket}/t/state",)))
+    put(f"{bucket}/t", {"b//odd.jsonl": "{}"})
+    with pytest.raises(CorpusError, match=r"/t/b/ cannot be listed.*read in part"):
+        rows_of(table_reader(f"{bucket}/t", (f"{bucket}/t/state",)))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_changes_while_it_is_read_is_no_corpus(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(buckets, "RANGE_BYTES", 1 << 16)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 1 << 16)
+    WRITERS[name](ROWS, tmp_path / name)
+    put(bucket, {name: (tmp_path / name).read_bytes()})
+    chunks = table_reader(f"{bucket}/{name}").chunks(ReadNotes())
+    next(chunks)
+    WRITERS[name](ROWS.slice(1), tmp_path / name)
+    storage_at(bucket).write(name, (tmp_path / name).read_bytes())
+    with pytest.raises(CorpusError, match=rf"{name} cannot be read in full: it was changed while"):
+        list(chunks)
+
+
+def test_a_parquet_file_is_asked_for_by_columns_and_in_steps(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = pa.array([os.urandom(600).hex() for _ in range(10_000)])
+    table = pa.table({"id": ROWS["id"][:10_000], "text": noise, "other": noise})
+    parquet.write_table(table, tmp_path / "t.parquet", compression="none", use_dictionary=False)
+    data = (tmp_path / "t.parquet").read_bytes()
+    put(bucket, {"t.parquet": data})
+    sizes = list[int]()
+    ranged = buckets.Bucket.range
+
+    def noted(self: buckets.Bucket, name: str, start: int, end: int, e_tag: str | None) -> bytes:
+        sizes.append(end - start)
+        return ranged(self, name, start, end, e_tag)
+
+    monkeypatch.setattr(buckets.Bucket, "range", noted)
+    reader = table_reader(f"{bucket}/t.parquet", metadata=[])
+    assert rows_of(reader, ("id", "text")) == table.select(["id", "text"])
+    assert max(sizes) < 6 << 20 < len(data) // 2
+    assert sum(sizes) < len(data) * 0.6
+    assert len(sizes) < 20
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.jsonl", "t.arrow"])
+def test_a_file_that_holds_nothing_is_said(bucket: str, name: str) -> None:
+    put(bucket, {name: b""})
+    reader = table_reader(f"{bucket}/{name}")
+    if name == "t.jsonl":
+        assert not list(reader.chunks(ReadNotes()))
+    else:
+        with pytest.raises(CorpusError, match=rf"{bucket}/{name} is empty"):
+            list(reader.chunks(ReadNotes()))

@@ -296,10 +296,10 @@ class Stored:
         """The address that its name starts from."""
         return self.bucket.uri
 
-    def open(self, mode: Literal["rb"] = "rb", buffering: int = RANGE_BYTES) -> BinaryIO:  # noqa: ARG002
-        """It as a file to read, a range at a time; where not buffered, what is asked for."""
+    def open(self, mode: Literal["rb"] = "rb", buffering: int = -1) -> BinaryIO:  # noqa: ARG002
+        """It as a file to read, a range at a time; with 0, just what is asked for."""
         raw = self.bucket.open(self.name)
-        return cast("BinaryIO", io.BufferedReader(raw, buffering) if buffering else raw)
+        return cast("BinaryIO", io.BufferedReader(raw, RANGE_BYTES) if buffering else raw)
 
     def __str__(self) -> str:
         return f"{self.bucket.uri}/{self.name}"

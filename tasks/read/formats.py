@@ -169,11 +169,12 @@ class ParquetPart(Part):
         with self.path.open("rb", buffering=0) as raw:
             if not raw.seek(0, io.SEEK_END):
                 raise CorpusError(f"{self.path} is empty, and so no Parquet file. Make it again.")
-            # Else all that a row group has of a column is asked of a bucket at once.
-            size = 0 if on_disk else BLOCK_BYTES
-            source = self.path if on_disk else raw
+            # Else all that a row group holds is asked of a bucket at once.
             with parquet.ParquetFile(
-                source, buffer_size=size, page_checksum_verification=True
+                self.path if on_disk else raw,
+                pre_buffer=on_disk,
+                buffer_size=0 if on_disk else BLOCK_BYTES,
+                page_checksum_verification=True,
             ) as file:
                 yield file
 
