@@ -381,7 +381,7 @@ def s3() -> Iterator[str]:
         command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "50"},  # objects of a page
+        env={**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "10"},  # objects of a page
     )
     address = f"http://127.0.0.1:{port}"
     variables = {

@@ -1,6 +1,5 @@
 """State and index in an object store: a real S3 server in a process of its own."""
 
-import itertools
 import json
 import os
 import socket
@@ -10,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import lancedb
 import obstore
 import pyarrow as pa
 import pytest
-import requests
 
 from tasks.cache import Cache
 from tasks.errors import IndexHeld, LockLost, SettingsError, StorageFailed
