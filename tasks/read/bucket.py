@@ -141,7 +141,7 @@ class Bucket:
         """Whether anything lies below `folder`, without a slash at its end."""
         with self._listing():
             try:
-                return any(page for page in obstore.list(self._store, folder or None))
+                return any(obstore.list(self._store, folder or None, chunk_size=1))
             except InvalidPathError:
                 return True
 
