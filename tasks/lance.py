@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from lancedb.table import Table
 
-from tasks.errors import EmbedOnceError, IndexHeld
+from tasks.errors import EmbedOnceError, IndexHeld, StorageFailed
 from tasks.storage import is_local, storage_at
 from tasks.storage.folder import sync
 
@@ -38,6 +38,9 @@ def open_table(uri: str, name: str) -> Table | None:
 
     A writer that was killed before its first commit leaves a folder without a version in it;
     that is no table either, and creating one goes over it.
+
+    Raises:
+        StorageFailed: Its disk or store does not let us look.
     """
     if is_local(uri) and not (Path(uri) / f"{name}.lance").exists():
         return None
@@ -47,6 +50,11 @@ def open_table(uri: str, name: str) -> Table | None:
         if "was not found" in str(error):
             return None
         raise
+    except (RuntimeError, OSError) as error:
+        raise StorageFailed(
+            f"The table {name} in {uri} cannot be opened: {in_short(error)}. See that its disk or "
+            "store is there, then run again."
+        ) from error
 
 
 def make_table(uri: str, name: str, schema: pa.Schema) -> Table:

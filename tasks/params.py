@@ -58,7 +58,7 @@ class FilesSource(Settings):
     """A folder of text, Markdown and code."""
 
     kind: Literal["files"]
-    path: LocalPath = Field(description="Folder, or a single file.")
+    path: StoragePath = Field(description="Folder or s3:// address, or a single file.")
     include: list[str] = Field(default=["**/*"], description="Patterns as in .gitignore.")
     exclude: list[str] = Field(default=[], description="Patterns as in .gitignore.")
     respect_gitignore: bool = Field(default=True, description="Skip what git ignores.")
@@ -74,7 +74,9 @@ class TableSource(Settings):
     """A table with one chunk a row: Parquet, CSV, JSON lines, Arrow, LanceDB, or a folder."""
 
     kind: Literal["table"]
-    path: LocalPath = Field(description="File, LanceDB table, or a folder of files of one kind.")
+    path: StoragePath = Field(
+        description="File, LanceDB table, or a folder of files of one kind; or its s3:// address."
+    )
     id: str = Field(default="id", description="Column that names a chunk: text or integer.")
     text: str = Field(default="text", description="Column that is embedded.")
     document: str | None = Field(default=None, description="Column that names the document.")

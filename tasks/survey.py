@@ -148,7 +148,7 @@ def _first_pass(
     source = config.source
     if not (isinstance(source, FilesSource) and isinstance(reader, FilesReader)):
         return None
-    if not source.trust_mtime:
+    if not source.trust_mtime or not is_local(source.path):
         return None
     known = generations(table) if table is not None else []
     prepend = config.embedding.prepend
@@ -169,16 +169,19 @@ def open_reader(config: Config, overrides: Overrides) -> Reader:
             to stand in front of texts.
     """
     source, preparation = config.source, Preparation(config.embedding.prepend)
-    if not Path(source.path).exists():
+    if not is_local(source.path):
+        from tasks.read.bucket import require_there  # noqa: PLC0415 - only who uses it loads it
+
+        require_there(source.path)
+    elif not Path(source.path).exists():
         raise SettingsError(f"source.path: there is nothing at {source.path}.")
-    own = [Path(uri) for uri in (config.index.uri, config.state.uri) if is_local(uri)]
+    own = [config.index.uri, config.state.uri]
     if isinstance(source, FilesSource):
         return FilesReader(source, own, overrides.narrow or None, preparation)
     if overrides.narrow:
         raise SettingsError("A narrower source path needs a source of files, not of tables.")
     # Other tables of the database may be a corpus, the index itself may not.
-    table = f"{config.index.uri}/{config.index.table}.lance"
-    own = [Path(uri) for uri in (table, config.state.uri) if is_local(uri)]
+    own = [f"{config.index.uri}/{config.index.table}.lance", config.state.uri]
     return TableReader(source, own, preparation)
 
 

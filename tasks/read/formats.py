@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, ClassVar, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,11 +26,15 @@ from tasks.read.portions import (
     BLOCK_BYTES,
     PAGE_BYTES,
     ROWS,
-    copied,
-    halved,
     portions,
     rows_at_once,
 )
+
+if TYPE_CHECKING:
+    from tasks.read.bucket import Stored
+
+Place: TypeAlias = "Path | Stored"
+"""Where a file or table is: on a disk, or in a bucket."""
 
 LINES = ("start_line", "end_line")
 """Integer columns of these names become the index's own."""
@@ -40,13 +44,11 @@ LONGEST_HEADER = 1 << 16
 
 _FAULTS = (pa.ArrowException, OSError, LookupError, ValueError, RuntimeError, ArithmeticError)
 
-STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-
 
 @contextmanager
-def reading(path: Path, hint: str = "Mend the file, or make it again.") -> Iterator[None]:
+def reading(path: Place, hint: str = "Mend the file, or make it again.") -> Iterator[None]:
     """Turn what a format's library raises into a CorpusError; refuse a pipe, which has no end."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if isinstance(path, Path) and path.exists() and not (path.is_file() or path.is_dir()):
         raise CorpusError(
             f"{path} is neither a file nor a folder, but a pipe or a device. A corpus is read more "
             "than once: write what comes from it to a file.",
@@ -95,7 +97,7 @@ def text_array(values: Sequence[Any]) -> "pa.Array[Any]":
     return pa.Array.from_buffers(pa.utf8(), len(encoded), encoded.buffers())
 
 
-def refuse_utf16(path: Path) -> None:
+def refuse_utf16(path: Place) -> None:
     """Raise a CorpusError if the file at `path` is UTF-16 by its first bytes."""
     with reading(path), path.open("rb") as file:
         start = file.read(2)
@@ -125,7 +127,7 @@ class Part(ABC):
         sparse: Whether a row need not name every column.
     """
 
-    path: Path
+    path: Place
     source: TableSource
     sparse: ClassVar[bool] = False
 
@@ -153,101 +155,32 @@ class ParquetPart(Part):
 
     def schema(self) -> pa.Schema:
         """The columns that the footer states."""
-        with reading(self.path):
-            if not self.path.stat().st_size:
-                raise CorpusError(f"{self.path} is empty, and so no Parquet file. Make it again.")
-            with parquet.ParquetFile(self.path) as file:
-                return file.schema_arrow
+        with reading(self.path), self._opened() as file:
+            return file.schema_arrow
 
     def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """All rows; of the columns asked for, a few pages at a time, not a whole row group."""
-        with (
-            reading(self.path),
-            parquet.ParquetFile(
-                self.path, page_checksum_verification=True, buffer_size=PAGE_BYTES
-            ) as file,
-        ):
+        with reading(self.path), self._opened() as file:
             rows = rows_at_once(file.metadata, set(schema.names))
             # All groups at once, pyarrow 26 keeps what it has handed out until the end.
             for group in range(file.num_row_groups):
                 batches = file.iter_batches(rows, row_groups=[group], columns=schema.names)
                 yield from portions(batches)
 
-
-class ArrowPart(Part):
-    """An Arrow IPC file or stream."""
-
-    def schema(self) -> pa.Schema:
-        """The columns that the file states first."""
-        with reading(self.path), pa.memory_map(str(self.path)) as file:
-            return self._open(file, None).schema
-
-    def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """All rows, mapped into memory and copied a batch at a time."""
-        names = self.schema().names
-        with reading(self.path), pa.memory_map(str(self.path)) as file:
-            # Columns that are left out are not unpacked, but those that are read are copied then.
-            some = [names.index(name) for name in schema.names]
-            reader = self._open(file, some if len(some) < len(names) else None)
-            size = file.size()
-            for batch in self._as_long(size, reader):
-                for start in range(0, batch.num_rows, ROWS):
-                    self._require(size)
-                    for part in halved(batch.slice(start, ROWS)):
-                        yield self._copied(part, size)
-
-    def _open(
-        self, file: pa.MemoryMappedFile, columns: list[int] | None
-    ) -> pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader:
-        options = pa.ipc.IpcReadOptions(included_fields=columns)
-        start = file.read(6)
-        if not start:
-            raise CorpusError(f"{self.path} is empty, and so no Arrow file. Make it again.")
-        if start == b"ARROW1":
-            return pa.ipc.open_file(file, options=options)
-        if start.startswith(b"FEA1"):
-            raise CorpusError(f"{self.path} is Feather version 1. Write it again as version 2.")
-        file.seek(max(file.size() - len(STREAM_END), 0))
-        if file.read() != STREAM_END:
-            raise CorpusError(
-                f"{self.path} is no Arrow file, and as an Arrow stream it has no end: it was "
-                "written or copied in part. Make it again."
-            )
-        file.seek(0)
-        return pa.ipc.open_stream(file, options=options)
-
-    def _as_long(self, size: int, reader: Any) -> Iterator[pa.RecordBatch]:
-        """What stands in the file, while it is still `size` bytes long.
-
-        Whoever touches a mapped page that is no longer in the file is killed without a word.
-        """
-        number = 0
-        stream = isinstance(reader, pa.ipc.RecordBatchStreamReader)
-        while stream or number < reader.num_record_batches:
-            self._require(size)
-            batch = next(reader, None) if stream else reader.get_batch(number)
-            if batch is None:
-                return
-            yield batch
-            number += 1
-
-    def _copied(self, batch: pa.RecordBatch, size: int) -> pa.RecordBatch:
-        """`batch`, whose offsets were checked: nothing else checks those of a mapped file."""
-        self._require(size)
-        try:
-            batch.validate(full=True)
-        except pa.ArrowInvalid as error:
-            if "UTF8" not in str(error):
-                raise
-        return copied(batch)
-
-    def _require(self, size: int) -> None:
-        if self.path.stat().st_size < size:
-            raise CorpusError(
-                f"{self.path} became shorter while it was read. Let what writes it end, better "
-                "write a new file and rename it to this one, then run again.",
-                path=str(self.path),
-            )
+    @contextmanager
+    def _opened(self) -> Iterator[parquet.ParquetFile]:
+        on_disk = isinstance(self.path, Path)
+        with self.path.open("rb", buffering=0) as raw:
+            if not raw.seek(0, io.SEEK_END):
+                raise CorpusError(f"{self.path} is empty, and so no Parquet file. Make it again.")
+            # Else all of a column of a row group is held, or asked of a bucket, at once.
+            with parquet.ParquetFile(
+                self.path if on_disk else raw,
+                pre_buffer=False,
+                buffer_size=PAGE_BYTES if on_disk else BLOCK_BYTES,
+                page_checksum_verification=True,
+            ) as file:
+                yield file
 
 
 class LancePart(Part):
@@ -347,8 +280,8 @@ class CsvPart(Part):
                     ) from None
                 if "columns, got" not in message:
                     raise
-                with self.path.open(encoding="utf-8", errors="replace") as file:
-                    hint = other_separator(file.readline(LONGEST_HEADER))
+                with self.path.open("rb") as file:
+                    hint = other_separator(file.readline(LONGEST_HEADER).decode(errors="replace"))
                 raise CorpusError(
                     f"{self.path}: a row has more or fewer cells than the header "
                     f"({short(error).removeprefix('CSV parse error: ')}). A cell that holds a "
@@ -376,8 +309,8 @@ class _Ended(io.RawIOBase):
     one row of ours, it swallows that row too, and that is seen.
     """
 
-    def __init__(self, path: Path, end: bytes) -> None:
-        self._file = path.open("rb")
+    def __init__(self, path: Place, end: bytes) -> None:
+        self._file = cast("io.BufferedReader", path.open("rb"))
         self._end = end
 
     def readable(self) -> bool:
