@@ -6,6 +6,7 @@ text that is new once, and writes rows while the next calls are in flight. It ke
 no journal: killed, it pays for everything again.
 """
 
+import base64
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -51,8 +52,6 @@ def embed(texts: list[str], address: str) -> Vectors:
         encoding_format="base64",
     )
     items = sorted(answer.data, key=lambda item: item.index)
-    import base64  # noqa: PLC0415
-
     data = b"".join(base64.b64decode(item.embedding) for item in items)
     return np.frombuffer(data, "<f4").reshape(len(texts), DIMENSION)
 
