@@ -85,6 +85,16 @@ def test_a_run_prints_a_summary_and_is_otherwise_quiet_in_a_pipe(home: Path) -> 
     assert (home / "first.err").read_text(encoding="utf-8") == ""
 
 
+def test_a_run_does_not_load_what_it_never_uses(home: Path) -> None:
+    code = "import sys; from flows.cli import app\n"
+    code += "app(['reindex', 'birds.yaml'], standalone_mode=False)\n"
+    code += "sys.exit('pandas' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=home, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_what_prefect_logs_goes_to_a_file(home: Path) -> None:
     logs = list((home / "state" / "logs").glob("*-reindex-*.log"))
     assert "Finished in state Completed()" in logs[0].read_text(encoding="utf-8")
