@@ -339,8 +339,7 @@ def test_long_texts_come_in_smaller_batches(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads its peak from /proc")
-@pytest.mark.parametrize("size", [100_000, 1000], ids=["long texts", "usual texts"])
-@pytest.mark.parametrize("kind", ["jsonl"])
+@pytest.mark.parametrize(("kind", "size"), [("jsonl", 100_000), ("jsonl", 1000), ("parquet", 1000)])
 def test_a_large_file_is_read_in_flat_memory(kind: str, size: int, tmp_path: Path) -> None:
     """One row group, one file: the peak at 240 MB beside that at 120 MB."""
     peaks = {}

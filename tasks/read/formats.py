@@ -164,11 +164,14 @@ class ParquetPart(Part):
         with (
             reading(self.path),
             parquet.ParquetFile(
-                self.path, page_checksum_verification=True, buffer_size=PAGE_BYTES
+                self.path,
+                page_checksum_verification=True,
+                buffer_size=PAGE_BYTES,
+                pre_buffer=False,
             ) as file,
         ):
             rows = rows_at_once(file.metadata, set(schema.names))
-            yield from portions(file.iter_batches(rows, columns=schema.names))
+            yield from portions(file.iter_batches(rows, columns=schema.names, use_threads=False))
 
 
 class ArrowPart(Part):
