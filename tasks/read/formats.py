@@ -162,10 +162,7 @@ class ParquetPart(Part):
         """All rows; of the columns asked for, a few pages at a time, not a whole row group."""
         with reading(self.path), self._opened() as file:
             rows = rows_at_once(file.metadata, set(schema.names))
-            # All groups at once, pyarrow 26 keeps what it has handed out until the end.
-            for group in range(file.num_row_groups):
-                batches = file.iter_batches(rows, row_groups=[group], columns=schema.names)
-                yield from portions(batches)
+            yield from portions(file.iter_batches(rows, columns=schema.names, use_threads=False))
 
     @contextmanager
     def _opened(self) -> Iterator[parquet.ParquetFile]:
@@ -173,7 +170,8 @@ class ParquetPart(Part):
         with self.path.open("rb", buffering=0) as raw:
             if not raw.seek(0, io.SEEK_END):
                 raise CorpusError(f"{self.path} is empty, and so no Parquet file. Make it again.")
-            # Else all of a column of a row group is held, or asked of a bucket, at once.
+            # Else all of a column of a row group is held, or asked of a bucket, at once; and what
+            # was handed out is kept to the end of the file (pyarrow 26).
             with parquet.ParquetFile(
                 self.path if on_disk else raw,
                 pre_buffer=False,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prefect.testing.utilities import prefect_test_harness
-from stages import Corpus, _write_apart, first_corpus
+from stages import Corpus, write_apart, first_corpus
 
 LOOK_S = 0.05
 DIMENSION = 1024
@@ -135,7 +135,7 @@ def main() -> None:
                 )
                 first = first_corpus(chunks)
                 for title, texts in (("first", first.texts), ("all changed", first.texts + chunks)):
-                    _write_apart(Corpus(first.ids, texts), corpus)
+                    write_apart(Corpus(first.ids, texts), corpus)
                     peak = run(folder, environment)
                     ratio = peak.all / least.setdefault(title, peak.all)
                     print(
