@@ -875,8 +875,8 @@ def test_any_table_comes_back_with_its_ids_and_texts(
 
 def test_what_is_read_of_a_parquet_file_is_not_held_to_its_end(tmp_path: Path) -> None:
     random = Random(7)
-    texts = [random.randbytes(400).hex() for _ in range(40_000)]
-    table = pa.table({"id": [str(number) for number in range(40_000)], "text": texts})
+    texts = [random.randbytes(400).hex() for _ in range(80_000)]
+    table = pa.table({"id": [str(number) for number in range(80_000)], "text": texts})
     parquet.write_table(table, tmp_path / "t.parquet", row_group_size=2000, use_dictionary=False)
     size = table.nbytes
     del table, texts

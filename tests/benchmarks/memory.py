@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prefect.testing.utilities import prefect_test_harness
-from stages import Corpus, write_apart, first_corpus
+from stages import Corpus, first_corpus, write_apart
 
 LOOK_S = 0.05
 DIMENSION = 1024
