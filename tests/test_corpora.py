@@ -29,7 +29,6 @@ from tasks.read.tables import TableReader
 from tasks.read.tree import CHANGED
 from tasks.schemas import CHANGES, DELETIONS, INDEXED, KEYED, TableRef
 
-BENCHMARK = Path(__file__).parent / "benchmarks" / "corpora.py"
 LONG_ENOUGH = "A sentence that fills a chunk well enough, all of it to the end.\n" * (ROWS + 1)
 """So many chunks that a first batch is full: what follows has been listed, but not read."""
 PEAK_OF_READING = """
@@ -365,24 +364,3 @@ def test_a_large_file_is_read_in_flat_memory(kind: str, size: int, tmp_path: Pat
         rows, peaks[megabytes] = map(int, done.stdout.split())
         assert rows == count
     assert peaks[240] < 1.1 * peaks[120], peaks
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "size", "embedded"),
-    [("jsonl", 60, 15_000), ("identical", 10_000, 0), ("changed", 20_000, 20_000)],
-)
-def test_a_run_over_a_corpus_that_hurts_takes_flat_memory(
-    case: str, size: int, embedded: int, tmp_path: Path
-) -> None:
-    file = tmp_path / "figures.json"
-    subprocess.run(
-        [sys.executable, str(BENCHMARK), case, "--size", str(size), "--json", str(file)],
-        check=True,
-        capture_output=True,
-        timeout=280,
-    )
-    half, full = json.loads(file.read_text())
-    assert full["embedded"] == embedded
-    assert full["rows"] == (size * 250 if case == "jsonl" else size)
-    assert full["peak_bytes"] < 1.25 * half["peak_bytes"]
