@@ -91,14 +91,15 @@ class reads:  # noqa: N801 - a context manager
         self.stopped = True
 
     def __enter__(self) -> Self:
-        read_bytes = Path.read_bytes
+        opened = os.open
 
-        def noted(path: Path) -> bytes:
+        def noted(path: str | Path, flags: int, *arguments: Any, **named: Any) -> int:
+            path = Path(path)
             if self.corpus in path.parents and not self.stopped and path.name != ".gitignore":
                 self.documents.append(path.relative_to(self.corpus).as_posix())
-            return read_bytes(path)
+            return opened(path, flags, *arguments, **named)
 
-        self._patch = patch.object(Path, "read_bytes", noted)
+        self._patch = patch("os.open", noted)
         self._patch.start()
         return self
 
