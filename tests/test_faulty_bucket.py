@@ -97,6 +97,9 @@ def road(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Road]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     quick = {"max_retries": 2, "backoff": {"init_backoff": timedelta(milliseconds=5)}}
     monkeypatch.setattr(objects, "RETRY", quick)
+    monkeypatch.setenv("OBJECT_STORE_CLIENT_MAX_RETRIES", "1")  # LanceDB's own
+    for name, seconds in (("BEAT_S", 0.2), ("LASTS_S", 1.0), ("LOOK_S", 0.1)):
+        monkeypatch.setattr(objects, name, seconds)
     yield road
     server.shutdown()
     thread.join()
