@@ -44,16 +44,29 @@ def open_table(uri: str, name: str) -> Table | None:
     """
     if is_local(uri) and not (Path(uri) / f"{name}.lance").exists():
         return None
+    with opening(f"The table {name} in {uri}"):
+        try:
+            return lancedb.connect(uri).open_table(name)
+        except ValueError as error:
+            if "was not found" in str(error):
+                return None
+            raise
+
+
+@contextmanager
+def opening(what: str) -> Iterator[None]:
+    """Say in words that LanceDB could not open `what`.
+
+    Raises:
+        StorageFailed: For whatever LanceDB raises; a store that does not answer when it connects
+            is a ValueError to it (0.40).
+    """
     try:
-        return lancedb.connect(uri).open_table(name)
-    except ValueError as error:
-        if "was not found" in str(error):
-            return None
-        raise
-    except (RuntimeError, OSError) as error:
+        yield
+    except (RuntimeError, OSError, ValueError) as error:
         raise StorageFailed(
-            f"The table {name} in {uri} cannot be opened: {in_short(error)}. See that its disk or "
-            "store is there, then run again."
+            f"{what} cannot be opened: {in_short(error)}. See that its disk or store is there, "
+            "then run again."
         ) from error
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -408,12 +409,9 @@ def s3() -> Iterator[str]:
             moto.wait()
 
 
-NUMBERS = itertools.count()
-
-
 @pytest.fixture
 def bucket(s3: str) -> str:
-    """An empty bucket."""
-    name = f"bucket-{next(NUMBERS)}"
+    """An empty bucket, of a name of its own also where tests run side by side."""
+    name = f"bucket-{uuid.uuid4()}"
     requests.put(f"{s3}/{name}", timeout=10).raise_for_status()
     return f"s3://{name}"

@@ -53,13 +53,13 @@ def road(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Road]:
         protocol_version = "HTTP/1.1"
 
         def handle_one_request(self) -> None:
-            self.close_connection = True
             self.raw_requestline = self.rfile.readline(65537)
             if not self.raw_requestline or not self.parse_request():
                 return
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             road.requests.append((self.command, self.path))
             fault = road.fault(self.command, self.path)
+            self.close_connection = True
             if fault == "reset":
                 return
             if fault is not None and fault.isdigit():
@@ -242,6 +242,17 @@ def test_what_is_wrong_from_the_start_is_a_setting(road: Road, bucket: str, tmp_
 
 
 # Whole runs
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "403"])
+def test_a_store_that_lancedb_does_not_reach_is_told_of_in_words(
+    road: Road, bucket: str, fault: str
+) -> None:
+    road.fault = times(999, fault, "__manifest")
+    with pytest.raises(StorageFailed, match=r"The table t in s3://.*cannot be opened: .+ run aga"):
+        open_index(config_in(bucket, bucket).index)
+    road.fault = times(0, "", "")
+    assert open_index(config_in(bucket, bucket).index) is None
 
 
 @pytest.fixture
