@@ -54,7 +54,7 @@ def road(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Road]:
 
         def handle_one_request(self) -> None:
             self.raw_requestline = self.rfile.readline(65537)
-            if not self.raw_requestline or not self.parse_request():
+            if not self.parse_request():
                 return
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             road.requests.append((self.command, self.path))
