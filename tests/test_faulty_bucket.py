@@ -43,55 +43,59 @@ class Road:
         self.requests: list[tuple[str, str]] = []
 
 
+class Passing(BaseHTTPRequestHandler):
+    """A request on its way to the store at `host`, over `road`."""
+
+    road: Road
+    host: str
+    protocol_version = "HTTP/1.1"
+
+    def handle_one_request(self) -> None:
+        self.raw_requestline = self.rfile.readline(65537)
+        if not self.parse_request():
+            return
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.road.requests.append((self.command, self.path))
+        fault = self.road.fault(self.command, self.path)
+        self.close_connection = True
+        if fault == "reset":
+            return
+        if fault is not None and fault.isdigit():
+            code = f"<Error><Code>Code{fault}</Code><Message>As asked for</Message></Error>"
+            self._answer(int(fault), {}, code.encode())
+            return
+        upstream = http.client.HTTPConnection(self.host, timeout=60)
+        upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            upstream.putheader(name, value)
+        upstream.endheaders(body)
+        found = upstream.getresponse()
+        data = found.read()
+        self._answer(found.status, dict(found.getheaders()), data, cut=fault == "cut")
+        upstream.close()
+
+    def _answer(
+        self, status: int, headers: dict[str, str], data: bytes, *, cut: bool = False
+    ) -> None:
+        self.send_response_only(status)
+        left_out = {"connection", "transfer-encoding", "content-length"}
+        for name, value in headers.items():
+            if name.lower() not in left_out:
+                self.send_header(name, value)
+        length = headers.get("Content-Length", str(len(data)))
+        self.send_header("Content-Length", length)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+
+
 @pytest.fixture
 def road(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Road]:
     """All requests of this process to the store go over it, with few and quick retries."""
     road = Road()
-    host = s3.removeprefix("http://")
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def handle_one_request(self) -> None:
-            self.raw_requestline = self.rfile.readline(65537)
-            if not self.parse_request():
-                return
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            road.requests.append((self.command, self.path))
-            fault = road.fault(self.command, self.path)
-            self.close_connection = True
-            if fault == "reset":
-                return
-            if fault is not None and fault.isdigit():
-                code = f"<Error><Code>Code{fault}</Code><Message>As asked for</Message></Error>"
-                self._answer(int(fault), {}, code.encode())
-                return
-            upstream = http.client.HTTPConnection(host, timeout=60)
-            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
-                upstream.putheader(name, value)
-            upstream.endheaders(body)
-            found = upstream.getresponse()
-            data = found.read()
-            self._answer(found.status, dict(found.getheaders()), data, cut=fault == "cut")
-            upstream.close()
-
-        def _answer(
-            self, status: int, headers: dict[str, str], data: bytes, *, cut: bool = False
-        ) -> None:
-            self.send_response_only(status)
-            left_out = {"connection", "transfer-encoding", "content-length"}
-            for name, value in headers.items():
-                if name.lower() not in left_out:
-                    self.send_header(name, value)
-            length = headers.get("Content-Length", str(len(data)))
-            self.send_header("Content-Length", length)
-            self.send_header("Connection", "close")
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data[: len(data) // 2] if cut else data)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    fields = {"road": road, "host": s3.removeprefix("http://")}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Passing,), fields))
     thread = Thread(target=server.serve_forever)
     thread.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
