@@ -1,6 +1,7 @@
 """The `embed-once` command: the same flows and functions, for a terminal or a pipe."""
 
 import contextlib
+import importlib
 import os
 import sys
 import tempfile
@@ -64,6 +65,9 @@ def reindex(  # noqa: PLR0917 - an argument an option
     ] = None,
 ) -> None:
     """Bring the index in step with the corpus: plan, embed, publish, report."""
+    from tasks.quick import import_lancedb  # noqa: PLC0415
+
+    import_lancedb()
     from tasks.form import UNASKED, Overrides, configured  # noqa: PLC0415
     from tasks.sections import sections  # noqa: PLC0415
     from tasks.storage import local_folder  # noqa: PLC0415
@@ -84,7 +88,7 @@ def reindex(  # noqa: PLR0917 - an argument an option
 
         overrides = approved(loaded, overrides)
     with prefect_log(local_folder(loaded.state.uri, "logs"), "reindex") as console, bar_on(console):
-        have_server()
+        have_server(lambda: importlib.import_module("flows.reindex"))
         from flows.reindex import run  # noqa: PLC0415
 
         try:
@@ -314,7 +318,7 @@ def smoke() -> None:
     """Prove add, change, move, delete and a free rerun on a small built-in corpus."""
     logs = Path(tempfile.gettempdir()) / "embed-once-logs"
     with prefect_log(logs, "smoke") as console, bar_on(console):
-        have_server()
+        have_server(lambda: importlib.import_module("flows.smoke"))
         from flows.smoke import smoke as flow  # noqa: PLC0415
 
         checks = flow()

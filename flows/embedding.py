@@ -31,8 +31,6 @@ from tasks.sender import GIVEN_UP_S, Sender, Terms, sender_of
 from tasks.survey import Survey
 from tasks.workers import workers_of
 
-FOLD_TEXTS = 20_000
-"""Answers are folded into the cache in groups of about so many vectors."""
 WAVE = 2
 """Batches mapped at once, by concurrency; so many more may be in flight."""
 
@@ -180,10 +178,10 @@ class _Collected:
         self._unfolded += outcome.answers
         self.refused += outcome.refused
         self.shared.add(outcome.found, outcome.found_tokens)
-        self._waiting += outcome.texts
+        self._waiting += outcome.texts * self._found.provider.space.vector_bytes
         self._done += outcome.texts + len(outcome.refused) + len(outcome.found)
         tell(Progress("embedding", self._done, self._found.packed.texts))
-        if self._waiting >= FOLD_TEXTS:
+        if self._waiting >= self._found.sizes.folded:
             with self.ending_the_run(), self._folding:
                 if not self._sender.stopped:  # else all is folded at the end
                     fold(self._folder, self._found.cache, self._unfolded)

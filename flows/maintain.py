@@ -5,6 +5,7 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
+from tasks import memory
 from tasks.artifacts import publish_maintained
 from tasks.maintain import Maintained
 from tasks.maintain import maintain as maintain_index
@@ -28,6 +29,7 @@ def maintain(
     Returns:
         What was done; also an artifact of the run.
     """
+    memory.spare()
     done = maintain_index(load_config(config, settings), prune_cache or None)
     publish_maintained(done)
     return done

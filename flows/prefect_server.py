@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from typing import IO
 
 from flows import tethered
@@ -26,8 +27,11 @@ STOP_S = 5.0
 LOOK_S = 0.2
 
 
-def have_server() -> None:
+def have_server(meanwhile: Callable[[], object]) -> None:
     """See that Prefect has a server in this process: the one it is told of, or a temporary one.
+
+    Args:
+        meanwhile: Done while a temporary one starts, which takes seconds; else not at all.
 
     Raises:
         EmbedOnceError: The temporary one does not start.
@@ -41,6 +45,7 @@ def have_server() -> None:
     url = address(listening.getsockname()[1])
     process = start_server(listening, "temporary")
     atexit.register(tethered.release, process, STOP_S)
+    meanwhile()
     if not comes_up(process, url):
         raise EmbedOnceError(
             "The temporary Prefect server did not start. Name one that runs in "

@@ -21,6 +21,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.cancelling import CANCELS, ENDS, Whole, by_hand, told
 from flows.embedding import embed_all
 from flows.pausing import ApprovalNeeded, approved, require_approved
+from tasks import memory
 from tasks.artifacts import publish_report
 from tasks.claims import Shared
 from tasks.errors import BudgetReached, EmbedOnceError, NotApproved, SettingsError
@@ -43,6 +44,7 @@ from tasks.run import (
     ended_report,
     enter,
     finished_report,
+    keep_found,
     record_death,
     settle_quarantine,
 )
@@ -125,6 +127,7 @@ def run_frame(config: str, frame: "pd.DataFrame", overrides: Overrides = Overrid
 
 def _run(config: str, overrides: Overrides) -> RunReport:
     """One run, entered in the ledger however it ends."""
+    memory.spare()
     settings = configured(config, overrides)
     space = require_runnable(settings, overrides)
     folder = RunFolder(settings.state.uri, _run_id())
@@ -224,6 +227,7 @@ def _published(
             identity=found.identity,
             cache=found.cache,
             run_id=folder.run_id,
+            sizes=found.sizes,
         )
     report = finished_report(
         survey=found,
@@ -238,6 +242,7 @@ def _published(
         clock=clock,
     )
     _close(report, folder)
+    keep_found(found, filled, published)
     tidy_published(published, filled.rows.rows, found.config.index, found.cache, folder.run_id)
     return report
 

@@ -12,7 +12,9 @@ from tasks.storage import SCHEMES
 def _at_home(path: str, info: ValidationInfo) -> str:
     """`path` made absolute from the project folder."""
     if "://" in path and not path.startswith("file://"):
-        raise ValueError("only index.uri and state.uri may be in object storage; name a local path")
+        raise ValueError(
+            "only source.path, index.uri and state.uri may be in object storage; name a local path"
+        )
     base = (info.context or {}).get("base", Path.cwd())
     try:
         return str((Path(base) / Path(path.removeprefix("file://")).expanduser()).resolve())

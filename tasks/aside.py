@@ -9,8 +9,9 @@ threads is done aside, and the main thread waits by a bare lock that nobody else
 import _thread
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import copy_context
+from itertools import islice
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -20,7 +21,7 @@ LOOK_S = 0.01
 
 
 class Aside(Generic[T]):
-    """Work for a thread of its own. The thread starts when it is first waited for."""
+    """Work for a thread of its own. The thread starts when told to, or when waited for."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         context = copy_context()
@@ -43,12 +44,16 @@ class Aside(Generic[T]):
             self._prevented = self._gate.acquire(blocking=False)
         return self._prevented
 
-    def wait(self) -> None:
-        """Wait until it is done. A signal may end the wait, but not the work."""
+    def start(self) -> None:
+        """Begin, if it has not begun."""
         if not self._asked:
             self._asked = True
             # Thread.start() would wait for the new thread by a condition, see above.
             _thread.start_new_thread(self._run, ())
+
+    def wait(self) -> None:
+        """Wait until it is done. A signal may end the wait, but not the work."""
+        self.start()
         # Not by acquire() and release(): between them a signal would leave it locked for good.
         with self._running:
             pass
@@ -86,3 +91,20 @@ def out_of_reach(work: Callable[[], T]) -> T:
     if threading.current_thread() is not threading.main_thread():
         return work()
     return Aside(work).result()
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """`items`, each of them fetched while the one before is worked on."""
+
+    def fetching() -> Aside[list[T]]:
+        fetched = Aside(lambda: list(islice(items, 1)))
+        fetched.start()
+        return fetched
+
+    coming = fetching()
+    try:
+        while found := coming.result():
+            coming = fetching()
+            yield found[0]
+    finally:
+        coming.wait()

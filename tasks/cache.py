@@ -23,6 +23,7 @@ from tasks.lance import (
     PRIMARY_KEY,
     make_table,
     open_table,
+    opening,
     read_located,
     reading,
     sync_table,
@@ -280,7 +281,9 @@ def caches_beside(cache: Cache, state_uri: str) -> list[Cache]:
 def _spaces(state_uri: str) -> Iterator[Space]:
     if is_local(state_uri) and not Path(state_uri).is_dir():
         return
-    for name in lancedb.connect(state_uri).list_tables(limit=1000).tables:
+    with opening(f"The state in {state_uri}"):
+        names = lancedb.connect(state_uri).list_tables(limit=1000).tables
+    for name in names:
         table = open_table(state_uri, name) if name.startswith(PREFIX) else None
         if table is not None and SPACE in (table.schema.metadata or {}):
             yield Space.from_json(table.schema.metadata[SPACE].decode())

@@ -7,6 +7,7 @@ numbers alone counts as unchanged but is brought up to date ("relined").
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.keys import KeySet, first_of_each
+from tasks.keys import KeySet, first_of_each, paired
 from tasks.schemas import CHANGES, DELETIONS, INDEXED, KEYED, TableRef
 from tasks.stage import stage
 
@@ -43,6 +44,10 @@ class Held:
         """`narrow` as documents are named: no "./", no slash too many."""
         return PurePosixPath(self.narrow or ".").as_posix()
 
+    @cached_property
+    def _unread(self) -> frozenset[str]:
+        return frozenset(self.unread)
+
     def covers(self, document: str | None) -> bool:
         """Whether the rows of `document` stay."""
         if document is None:
@@ -50,10 +55,15 @@ class Held:
         outside = self.narrow is not None and not (
             self._below in {document, "."} or document.startswith(f"{self._below}/")
         )
-        return outside or any(
-            document == name or (name.endswith("/") and document.startswith(name))
-            for name in self.unread
-        )
+        return outside or not self._unread.isdisjoint(_places(document))
+
+
+def _places(document: str) -> Iterator[str]:
+    """`document` and the folders it is in: "a/b.md", "a/"."""
+    yield document
+    for place, letter in enumerate(document):
+        if letter == "/":
+            yield document[: place + 1]
 
 
 @dataclass(frozen=True)
@@ -137,10 +147,16 @@ def tally(changes: pa.Table, deletions: pa.Table) -> Counter[str]:
 
     A row whose new text is refused is deleted.
     """
-    counts: Counter[str] = Counter(changes.column("change").to_pylist())
-    leaving = deletions.column("change").to_pylist()
-    counts["deleted"] = leaving.count("deleted") + leaving.count("refused")
+    counts = _values(changes)
+    leaving = _values(deletions)
+    counts["deleted"] = leaving["deleted"] + leaving["refused"]
     return counts
+
+
+def _values(table: pa.Table) -> Counter[str]:
+    """How often each change stands in CHANGES or DELETIONS."""
+    found = pc.value_counts(table.column("change"))
+    return Counter({pair["values"]: pair["counts"] for pair in found.to_pylist()})
 
 
 def _differs(
@@ -182,17 +198,14 @@ def _pair(
 ) -> None:
     """Tell moved and changed rows of files from added and deleted ones, in place."""
     for column, name in (("text_hash", "moved"), ("document_key", "changed")):
-        left: dict[bytes, list[int]] = {}
         still_gone = np.flatnonzero(fate == "deleted")
-        values = index.column(column).take(pa.array(gone[still_gone])).to_pylist()
-        for position, value in zip(still_gone.tolist(), values, strict=True):
-            left.setdefault(value, []).append(position)
         still_new = joined[change[joined] == "added"]
-        values = corpus.column(column).take(pa.array(still_new)).to_pylist()
-        for position, value in zip(still_new.tolist(), values, strict=True):
-            if waiting := left.get(value):
-                fate[waiting.pop(0)] = name
-                change[position] = name
+        left, right = paired(
+            index.column(column).take(pa.array(gone[still_gone])),
+            corpus.column(column).take(pa.array(still_new)),
+        )
+        fate[still_gone[left]] = name
+        change[still_new[right]] = name
 
 
 def _result(

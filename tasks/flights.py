@@ -21,6 +21,7 @@ from tasks.embed import embed_with_retries
 from tasks.errors import RunStopped, StorageFailed
 from tasks.journal import fold
 from tasks.keys import hash_column
+from tasks.memory import most_texts
 from tasks.notes import Call, Refused
 from tasks.pack import cut
 from tasks.providers import Vectors
@@ -32,22 +33,6 @@ FOLD_BYTES = 64 * 2**20
 """Vectors are folded into the cache in groups of about so many bytes."""
 ENTRY_BYTES = 220
 """What Python takes for a vector that has landed, beside its numbers."""
-COPIES = 4
-"""Copies of a vector that a flight holds at once: as it came, checked, in the journal, for who
-asked."""
-OVERHEAD = 1.25
-"""Beside texts and vectors a flight holds a quarter more: hashes, tables, what Python adds."""
-
-
-def estimated_bytes(texts: int, characters: int, vector_bytes: int) -> int:
-    """Memory that embedding takes at once.
-
-    Args:
-        texts: How many.
-        characters: Of all of them; two bytes each, between ASCII and the rest.
-        vector_bytes: Of one vector.
-    """
-    return int(OVERHEAD * (COPIES * texts * vector_bytes + 2 * COPIES * characters))
 
 
 @dataclass(frozen=True)
@@ -182,10 +167,9 @@ class Flights:
         most = self._terms.provider.limits.texts_per_request
         if self._memory_bytes is None or not texts:
             return most
-        one = estimated_bytes(texts, characters, self._vector_bytes) / texts
         # Half of it is for what has landed and for what waits.
-        share = self._memory_bytes / 2 / self._concurrency
-        return max(1, min(most, int(share / one)))
+        share = self._memory_bytes // 2 // self._concurrency
+        return min(most, most_texts(share, texts, characters, self._vector_bytes))
 
     def _queued(self, rows: pa.Table) -> dict[Flight, list[bytes]]:
         """New flights for the texts of a question, which wait for their turn."""

@@ -15,7 +15,15 @@ from lancedb.table import Table
 from tasks.cache import SPACE
 from tasks.errors import EmbedOnceError, IndexConflict, IndexHeld, LockLost, SettingsError
 from tasks.keys import KeySet, key_columns
-from tasks.lance import PRIMARY_KEY, durable, open_table, read_batches, reading, sync_table
+from tasks.lance import (
+    PRIMARY_KEY,
+    durable,
+    open_table,
+    read_batches,
+    read_where,
+    reading,
+    sync_table,
+)
 from tasks.params import Index
 from tasks.prepare import taken_apart
 from tasks.progress import tell_waiting
@@ -249,10 +257,8 @@ def vectors_of(index: Index, hashes: pa.Array) -> Iterator[pa.Table]:
         return
     wanted = KeySet(hashes)
     with reading_index(table):
-        for batch in read_batches(table, SCAN_ROWS, ["text_hash", "vector"]):
-            found = batch.filter(pa.array(wanted.holds(batch.column("text_hash"))))
-            if found.num_rows:
-                yield pa.Table.from_batches([found.select(["text_hash", "vector"])])
+        for batch in read_where(table, "text_hash", wanted.holds, ["text_hash", "vector"]):
+            yield pa.Table.from_batches([batch])
 
 
 @contextmanager

@@ -62,7 +62,13 @@ def hash_column(digests: Sequence[bytes]) -> pa.Array:
 def digest_column(texts: pa.Array) -> pa.Array:
     """The digest of each of `texts`, none of them null."""
     # As bytes they are hashed as they lie; as text each would be decoded and encoded first.
-    return hash_column([digest(text) for text in texts.cast(pa.binary()).to_pylist()])
+    return _digests(texts.cast(pa.binary()).to_pylist())
+
+
+def _digests(data: Sequence[bytes]) -> pa.Array:
+    """`digest` of each: a call of it for each would take a quarter more."""
+    joined = b"".join([blake2b(each, digest_size=16).digest() for each in data])
+    return pa.FixedSizeBinaryArray.from_buffers(HASH, len(data), [None, pa.py_buffer(joined)])
 
 
 def identified(
@@ -149,7 +155,9 @@ class KeySet:
 
     def __init__(self, keys: pa.Array | pa.ChunkedArray) -> None:
         high, low = _halves(keys)
-        self._position = np.argsort(high, kind="stable")
+        self._position = np.argsort(high)  # four times as fast as a stable sort
+        if _repeats(high[self._position]).any():
+            self._position = np.argsort(high, kind="stable")
         self._high, self._low = high[self._position], low[self._position]
 
     def __len__(self) -> int:
@@ -181,10 +189,41 @@ class KeySet:
 def first_of_each(keys: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.int64]:
     """Positions at which a key stands for the first time, ascending."""
     high, low = _halves(keys)
-    order = np.lexsort((low, high))  # stable: equal keys stay in their order
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
-    return np.sort(order[new])
+    order = np.argsort(high)
+    alike = _repeats(high[order])
+    some = np.sort(order[alike | np.append(alike[1:], False)])  # most share no half with another
+    some = some[np.lexsort((low[some], high[some]))]  # stable: equal keys stay in their order
+    first = np.ones(len(high), dtype=bool)
+    first[some[_repeats(high[some]) & _repeats(low[some])]] = False
+    return np.flatnonzero(first)
+
+
+def _repeats(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """For each value whether it is the one before it."""
+    return np.append(False, values[1:] == values[:-1])[: len(values)]
+
+
+def paired(
+    left: pa.Array | pa.ChunkedArray, right: pa.Array | pa.ChunkedArray
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Positions of equal keys on both sides, the n-th of each key left with the n-th right."""
+    (left_high, left_low), (right_high, right_low) = _halves(left), _halves(right)
+    high, low = np.append(left_high, right_high), np.append(left_low, right_low)
+    order = np.lexsort((low, high))  # stable: of equal keys the left ones come first, in order
+    starts = np.ones(len(order), dtype=bool)
+    starts[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
+    group = np.cumsum(starts)
+    is_left = order < len(left_high)
+    sides = []
+    for own in (is_left, ~is_left):
+        groups = group[own]
+        first = np.searchsorted(groups, groups)
+        sides.append((order[own], groups * (len(order) + 1) + np.arange(len(groups)) - first))
+    (at_left, named_left), (at_right, named_right) = sides
+    _, pick_left, pick_right = np.intersect1d(
+        named_left, named_right, assume_unique=True, return_indices=True
+    )
+    return at_left[pick_left], at_right[pick_right] - len(left_high)
 
 
 def _halves(
@@ -202,7 +241,7 @@ def _halves(
 def _row_hashes(columns: Sequence[pa.Array]) -> pa.Array:
     """For each row the digest of all `columns`; when it differs, the row moved."""
     joined = pc.binary_join_element_wise(*[_tagged(column) for column in columns], b"")
-    return hash_column([digest(row) for row in joined.to_pylist()])
+    return _digests(joined.to_pylist())
 
 
 def _tagged(column: pa.Array) -> pa.Array:

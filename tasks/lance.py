@@ -3,15 +3,18 @@
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import lancedb
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from lancedb.table import Table
 
-from tasks.errors import EmbedOnceError, IndexHeld
+from tasks.errors import EmbedOnceError, IndexHeld, StorageFailed
 from tasks.storage import is_local, storage_at
 from tasks.storage.folder import sync
 
@@ -23,6 +26,9 @@ Without it five processes upserting the same 100 keys left 500 rows and no error
 WINDOW_ROWS = 8192
 """Rows of one query where a whole table is read with its vectors."""
 
+Wanted = Callable[[pa.Array], npt.NDArray[np.bool_]]
+"""For each value of a column whether its row is wanted."""
+
 CLOCK_SLACK_S = 300.0
 """So far the clock of a disk, say of another machine's, may be from ours."""
 
@@ -32,15 +38,36 @@ def open_table(uri: str, name: str) -> Table | None:
 
     A writer that was killed before its first commit leaves a folder without a version in it;
     that is no table either, and creating one goes over it.
+
+    Raises:
+        StorageFailed: Its disk or store does not let us look.
     """
     if is_local(uri) and not (Path(uri) / f"{name}.lance").exists():
         return None
+    with opening(f"The table {name} in {uri}"):
+        try:
+            return lancedb.connect(uri).open_table(name)
+        except ValueError as error:
+            if "was not found" in str(error):
+                return None
+            raise
+
+
+@contextmanager
+def opening(what: str) -> Iterator[None]:
+    """Say in words that LanceDB could not open `what`.
+
+    Raises:
+        StorageFailed: For whatever LanceDB raises; a store that does not answer when it connects
+            is a ValueError to it (0.40).
+    """
     try:
-        return lancedb.connect(uri).open_table(name)
-    except ValueError as error:
-        if "was not found" in str(error):
-            return None
-        raise
+        yield
+    except (RuntimeError, OSError, ValueError) as error:
+        raise StorageFailed(
+            f"{what} cannot be opened: {in_short(error)}. See that its disk or store is there, "
+            "then run again."
+        ) from error
 
 
 def make_table(uri: str, name: str, schema: pa.Schema) -> Table:
@@ -177,9 +204,34 @@ def read_located(table: Table, columns: Sequence[str]) -> Iterator[pa.RecordBatc
     One query for all of it reads ahead further than it is followed: 300k vectors of 256
     floats took 366 MB, in windows 172 MB however many there are.
     """
+    for query in _windows(table, columns):
+        yield from query.with_row_id(True).to_batches(WINDOW_ROWS)
+
+
+def read_where(
+    table: Table, key: str, wanted: Wanted, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The rows of `table` whose `key` is wanted, in the order of the table, a window at a time.
+
+    Args:
+        table: At a version that stays.
+        key: A column; of windows where none of it is wanted, nothing else is read.
+        wanted: Says so for each of its values.
+        columns: What is read of the rows; all if None.
+    """
+    for keys, rows in zip(_windows(table, [key]), _windows(table, columns), strict=True):
+        keep = wanted(keys.to_arrow().column(key).combine_chunks())
+        if keep.any():
+            yield from rows.to_arrow().filter(pa.array(keep)).to_batches()
+
+
+def _windows(table: Table, columns: Sequence[str] | None) -> Iterator[Any]:
+    """Queries, each for the next rows of `table`."""
     for start in range(0, table.count_rows(), WINDOW_ROWS):
-        query = table.search().select(list(columns)).with_row_id(True)
-        yield from query.limit(WINDOW_ROWS).offset(start).to_batches(WINDOW_ROWS)
+        query = table.search()
+        if columns is not None:
+            query = query.select(list(columns))
+        yield query.limit(WINDOW_ROWS).offset(start)
 
 
 def quoted(text: str) -> str:

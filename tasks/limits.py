@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 SLACK = 1 / 60
 """Part of a minute that two calls may come closer together on the way to the provider."""
@@ -77,11 +78,21 @@ class Estimator(Protocol):
     def margin(self) -> float:
         """How far the truth may lie above an estimate, relative to it; 0 where it is exact."""
 
+    @property
+    def measure(self) -> str:
+        """Names what `sizes` are: while it stays the same, so do the sizes of a text."""
+
     def count(self, text: str) -> int:
         """Tokens of `text`, at least 1."""
 
     def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
         """Tokens of each of `texts`, at least 1."""
+
+    def sizes(self, texts: pa.Array) -> npt.NDArray[np.int32]:
+        """What the tokens of each of `texts` follow from, a row of one or more numbers each."""
+
+    def of_sizes(self, sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """The tokens that follow from `sizes`: what `counts` says of their texts."""
 
 
 class Packer:

@@ -11,7 +11,7 @@ from uuid import uuid4
 import pyarrow as pa
 
 from tasks.cache import PREFIX, Cache, caches
-from tasks.errors import EmbedOnceError, IndexHeld
+from tasks.errors import EmbedOnceError, IndexHeld, StorageFailed
 from tasks.index import (
     SCAN_ROWS,
     adopt,
@@ -175,7 +175,7 @@ def _used(config: Config) -> dict[Space, list[pa.Array]]:
                 table.checkout(version)
                 batches = read_batches(table, SCAN_ROWS, ["text_hash"])
                 known += [batch.column("text_hash") for batch in batches]
-        except (RuntimeError, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError, StorageFailed) as error:
             raise EmbedOnceError(
                 f"LanceDB could not read the index {name}, which shares the state in {state_uri}: "
                 f"{in_short(error)}. Nothing of the cache was dropped, as nobody can tell what "

@@ -58,10 +58,15 @@ class FilesSource(Settings):
     """A folder of text, Markdown and code."""
 
     kind: Literal["files"]
-    path: LocalPath = Field(description="Folder, or a single file.")
+    path: StoragePath = Field(description="Folder or s3:// address, or a single file.")
     include: list[str] = Field(default=["**/*"], description="Patterns as in .gitignore.")
     exclude: list[str] = Field(default=[], description="Patterns as in .gitignore.")
     respect_gitignore: bool = Field(default=True, description="Skip what git ignores.")
+    trust_mtime: bool = Field(
+        default=True,
+        description="Do not read a file again that was not touched since the index was published, "
+        "by its size, times and inode. false: read every file.",
+    )
     split: Split = Split()
 
 
@@ -69,7 +74,9 @@ class TableSource(Settings):
     """A table with one chunk a row: Parquet, CSV, JSON lines, Arrow, LanceDB, or a folder."""
 
     kind: Literal["table"]
-    path: LocalPath = Field(description="File, LanceDB table, or a folder of files of one kind.")
+    path: StoragePath = Field(
+        description="File, LanceDB table, or a folder of files of one kind; or its s3:// address."
+    )
     id: str = Field(default="id", description="Column that names a chunk: text or integer.")
     text: str = Field(default="text", description="Column that is embedded.")
     document: str | None = Field(default=None, description="Column that names the document.")
@@ -163,6 +170,17 @@ class LimitSettings(Settings):
     )
     max_wait: float = Field(
         default=600.0, gt=0, description="Seconds without any answer that end a run as an outage."
+    )
+
+
+class RunLimitSettings(LimitSettings):
+    """What a run may ask of the provider, and of its machine."""
+
+    memory_mb: int | None = Field(
+        default=None,
+        ge=640,
+        description="Most memory that the run's process takes, in MiB; null is half of the "
+        "machine's, 1536 at most.",
     )
 
 
@@ -277,6 +295,7 @@ class Config(Engine):
 
     name: str = Field(min_length=1, max_length=80, description="For people, in reports.")
     source: Source
+    limits: RunLimitSettings = RunLimitSettings()
     index: Index
     runner: Runner = Runner()
 

@@ -25,7 +25,8 @@ from tasks.index import (
     tag_generation,
 )
 from tasks.keys import KeySet, digest_column, first_of_each
-from tasks.lance import quoted, read_batches, writing
+from tasks.lance import quoted, read_where, writing
+from tasks.memory import MOST, Sizes
 from tasks.params import Index
 from tasks.schemas import DELETIONS, HASH, TableRef, metadata_fields, rows_schema
 from tasks.stage import stage
@@ -35,12 +36,11 @@ MERGE_BYTES = 192 * 2**20
 """Most bytes of changed rows that are merged; beyond, the table is written anew.
 
 A merge holds about six times the bytes of the vectors it is given (100k rows of 1024
-floats: 745 MB), an overwrite streams (465 MB, flat).
+floats: 745 MB), an overwrite streams (465 MB, flat). With less memory for the run it is less.
 """
 MERGE_BYTES_PER_FLOAT = 6
 MERGE_DELETIONS = 50_000
 """Most ids in one delete predicate; 50,000 took 1.8 s."""
-BATCH_ROWS = 4096
 
 Way = Literal["none", "create", "add", "merge", "overwrite"]
 
@@ -72,6 +72,7 @@ def publish(
     identity: Identity,
     cache: Cache,
     run_id: str,
+    sizes: Sizes = MOST,
     anew: bool = False,
 ) -> Published:
     """Bring the index in step, in at most one commit.
@@ -84,6 +85,7 @@ def publish(
         identity: Space and splitter of the new generation.
         cache: Holds the vector of each row.
         run_id: Stands in each row that is written.
+        sizes: How much of the rows is held at once; more than may be merged is written anew.
         anew: Write the table anew at any rate: a merge cannot tell two rows of one id apart.
 
     Raises:
@@ -98,7 +100,7 @@ def publish(
     table = open_index(index)
     schema = identity.schema(_in_order_of(table, metadata))
     gone = deletions.load(DELETIONS).column("id")
-    way = _way(table, schema, rows.rows, updates, len(gone))
+    way = _way(table, schema, rows.rows, updates, len(gone), most=sizes.share * MERGE_BYTES)
     if anew and table is not None:
         way = "overwrite"
     if way == "none":
@@ -108,7 +110,7 @@ def publish(
         writes = None if way == "overwrite" else rows.rows
         make_room(index, cache, run_id, writes=writes, leaves=replaced)
     table = open_index(index)
-    vectors = _with_vectors(rows, metadata, schema, cache, run_id)
+    vectors = _with_vectors(rows, schema, cache, run_id, sizes.written)
     held = partial(require_held, index, run_id)
     new = pa.RecordBatchReader.from_batches(schema, _then(vectors, held))
     with (
@@ -170,7 +172,9 @@ def _nothing_new(table: Table | None) -> Published:
     return Published("none", known[-1].number, known[-1].version, table.count_rows())
 
 
-def _way(table: Table | None, schema: pa.Schema, rows: int, updates: int, deletions: int) -> Way:
+def _way(
+    table: Table | None, schema: pa.Schema, rows: int, updates: int, deletions: int, *, most: float
+) -> Way:
     if table is None:
         return "create" if rows else "none"
     if not table.schema.equals(schema, check_metadata=True):
@@ -180,7 +184,7 @@ def _way(table: Table | None, schema: pa.Schema, rows: int, updates: int, deleti
     if not updates and not deletions:
         return "add"
     dimension = schema.field("vector").type.list_size
-    heavy = rows * dimension * MERGE_BYTES_PER_FLOAT > MERGE_BYTES
+    heavy = rows * dimension * MERGE_BYTES_PER_FLOAT > most
     return "overwrite" if heavy or deletions > MERGE_DELETIONS else "merge"
 
 
@@ -229,10 +233,8 @@ def _overwrite(
     keys = KeySet(digest_column(pa.chunked_array(leaving, pa.utf8())))
 
     def stream() -> Iterator[pa.RecordBatch]:
-        for batch in read_batches(table, BATCH_ROWS):
-            stays = batch.filter(pa.array(~keys.holds(digest_column(batch.column("id")))))
-            if stays.num_rows:
-                yield _fitted(stays, schema)
+        for batch in read_where(table, "id", lambda ids: ~keys.holds(digest_column(ids))):
+            yield _fitted(batch, schema)
         yield from new
 
     reader = pa.RecordBatchReader.from_batches(schema, stream())
@@ -252,16 +254,19 @@ def _fitted(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def _with_vectors(
-    rows: TableRef, metadata: list[pa.Field], schema: pa.Schema, cache: Cache, run_id: str
+    rows: TableRef, schema: pa.Schema, cache: Cache, run_id: str, at_once: int
 ) -> Iterator[pa.RecordBatch]:
-    """`rows` as rows of the index, a batch at a time."""
-    for batch in rows.batches(rows_schema(metadata)):
-        own = {
-            "vector": cache.vectors(batch.column("text_hash")),
-            "run_id": pa.array([run_id] * batch.num_rows, pa.utf8()),
-        }
-        columns = [own[name] if name in own else batch.column(name) for name in schema.names]
-        yield pa.record_batch(columns, schema=schema)
+    """`rows` as rows of the index, about `at_once` bytes of vectors at a time."""
+    most = max(1, at_once // cache.space.vector_bytes)
+    for read in rows.batches(rows.schema()):
+        for start in range(0, read.num_rows, most):
+            batch = read.slice(start, most)
+            own = {
+                "vector": cache.vectors(batch.column("text_hash")),
+                "run_id": pa.array([run_id] * batch.num_rows, pa.utf8()),
+            }
+            columns = [own[name] if name in own else batch.column(name) for name in schema.names]
+            yield pa.record_batch(columns, schema=schema)
 
 
 def _then(batches: Iterator[pa.RecordBatch], check: Callable[[], None]) -> Iterator[pa.RecordBatch]:

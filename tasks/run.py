@@ -27,6 +27,7 @@ from tasks.plan import chunks_of, cost_of, texts_of
 from tasks.providers import Space
 from tasks.publish import Published
 from tasks.quarantine import Quarantine
+from tasks.read.tree import CHANGED
 from tasks.recover import Recovered
 from tasks.report import (
     Calls,
@@ -45,6 +46,7 @@ from tasks.report import (
     place,
 )
 from tasks.schemas import CHANGES, DELETIONS
+from tasks.stamps import keep_stamps
 from tasks.survey import Survey
 
 LEFT_OUT_SHOWN = 20
@@ -114,6 +116,17 @@ def record_death(folder: RunFolder, calls: Sequence[Call]) -> None:
         Ledger(folder.state_uri).record_run(ledger_row(died_report(about, calls)))
 
 
+def keep_found(survey: Survey, filled: Filled, published: Published) -> None:
+    """Keep what the run found in files, so that the next one need not read them all."""
+    keyed = survey.keyed
+    if keyed.stamped is None or not published.generation:
+        return
+    if filled.unsettled:  # some file changed while it was read, and which one nobody knows
+        keep_stamps(survey.config, None, published.generation, published.version)
+    elif keyed.fresh or published.way != "none":
+        keep_stamps(survey.config, keyed.stamped, published.generation, published.version)
+
+
 def settle_quarantine(
     survey: Survey, overrides: Overrides, refused: Sequence[Refused], run_id: str
 ) -> dict[bytes, str]:
@@ -156,7 +169,7 @@ def finished_report(
     left_out = KeySet(filled.left_out.column("text_hash").combine_chunks())
     skipped = Counter(survey.keyed.notes.skipped)
     if filled.unsettled:
-        skipped["changed while it was read"] = filled.unsettled
+        skipped[CHANGED] += filled.unsettled
     state = "unchanged" if published.way == "none" else "completed"
     incomplete = bool(filled.unsettled or survey.keyed.notes.failed or survey.compared.held)
     if incomplete:
@@ -276,7 +289,7 @@ def _throughput(
     return Throughput(
         chunks_per_second=embedded / seconds if sending else 0.0,
         tokens_per_second=tokens / seconds if sending else 0.0,
-        documents_per_second=read.notes.documents / read_s,
+        documents_per_second=(read.notes.documents - read.notes.untouched) / read_s,
         kilobytes_per_second=read.text_bytes / 1000 / read_s,
         limit_used_fraction=sent.limit_used_fraction if sending and limited else None,
         requests_per_minute=sent.requests_per_minute,

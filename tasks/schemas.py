@@ -46,6 +46,25 @@ KEYED = pa.schema(
 the exact text that is sent, `row_hash` the document and metadata; `tokens` is its estimate.
 """
 
+
+def found_schema(numbers: int) -> pa.Schema:
+    """Schema of FOUND: KEYED with the sizes, so many numbers each, that its tokens follow from."""
+    sizes = pa.field("sizes", pa.list_(pa.int32(), numbers), nullable=False)
+    return pa.schema([*[field for field in KEYED if field.name != "tokens"], sizes])
+
+
+def stamped_schema(numbers: int) -> pa.Schema:
+    """Schema of STAMPED: FOUND with the stamp of its file; null where that cannot be trusted.
+
+    A file without a chunk has one row, of a `document_key` and why it was `skipped`.
+    """
+    found = [
+        field if field.name == "document_key" else field.with_nullable(True)
+        for field in found_schema(numbers)
+    ]
+    return pa.schema([*found, pa.field("stamp", HASH), pa.field("skipped", pa.utf8())])
+
+
 INDEXED = pa.schema(
     [
         pa.field("id", pa.utf8(), nullable=False),
@@ -216,14 +235,16 @@ class TableRef:
     def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """The table's batches, one at a time, each a copy in memory.
 
-        In the file values lie at multiples of 8 bytes; LanceDB wants decimals at 16, and
-        `create_table` leaves the table empty without an error where they are not.
+        Not mapped: pages of a mapped file count as memory of the process for as long as nobody
+        else wants it. In the file values lie at multiples of 8 bytes; LanceDB wants decimals at
+        16, and `create_table` leaves the table empty without an error where they are not.
         """
-        reader = pa.ipc.open_file(pa.memory_map(self.path))
-        require(reader.schema, schema, self.path)
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            yield batch.take(pa.array(range(batch.num_rows), pa.int64()))
+        with pa.OSFile(self.path) as source:
+            reader = pa.ipc.open_file(source)
+            require(reader.schema, schema, self.path)
+            for number in range(reader.num_record_batches):
+                batch = reader.get_batch(number)
+                yield batch.take(pa.array(range(batch.num_rows), pa.int64()))
 
 
 @contextmanager

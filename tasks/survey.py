@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+from lancedb.table import Table
 
 from tasks.budget import usd_text
 from tasks.cache import Cache
@@ -20,10 +21,11 @@ from tasks.errors import SettingsError, StorageFailed
 from tasks.fill import Filled
 from tasks.fingerprint import Keyed, fingerprint
 from tasks.form import Overrides
-from tasks.index import Identity, identity_of, open_index, require_space, scan
+from tasks.index import Identity, generations, identity_of, open_index, require_space, scan
 from tasks.journal import unfolded_hashes
 from tasks.keys import hash_column
 from tasks.lookup import LookedUp, lookup
+from tasks.memory import Sizes, sizes_for, within
 from tasks.notes import Refused
 from tasks.pack import Packed, pack
 from tasks.params import Config, FilesSource
@@ -35,6 +37,7 @@ from tasks.read import Reader
 from tasks.read.files import FilesReader
 from tasks.read.tables import TableReader
 from tasks.schemas import CHANGES, DELETIONS, HASH, TableRef, metadata_fields
+from tasks.stamps import FirstPass, kept_stamps, made_by
 from tasks.storage import is_local, storage_at
 from tasks.workers import require_dask
 
@@ -46,6 +49,7 @@ class Survey:
     config: Config
     facts: ModelFacts
     provider: Provider
+    sizes: Sizes
     reader: Reader
     identity: Identity
     cache: Cache
@@ -65,13 +69,16 @@ class Survey:
         return pa.concat_arrays([self.looked_up.quarantined, hashes])
 
 
-def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
+def survey(
+    config: Config, overrides: Overrides, folder: Path, *, all_files: bool = False
+) -> Survey:
     """Read, fingerprint, compare, look up and pack; nothing is sent or published.
 
     Args:
         config: Which corpus, which index.
         overrides: What this run does otherwise.
         folder: Staging folder for the tables between the stages.
+        all_files: Read every file, whatever is known of it.
 
     Raises:
         SettingsError: The config does not fit the corpus, the model or the index.
@@ -85,7 +92,10 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
     if table is not None:
         require_space(table, config.index, identity.space)
 
-    keyed = fingerprint(reader, provider.estimate, folder / "keyed.arrow")
+    first_pass = None if all_files else _first_pass(config, overrides, reader, provider, table)
+    keyed = fingerprint(reader, provider.estimate, folder / "keyed.arrow", first_pass)
+    sizes = sizes_for(config.limits.memory_mb, keyed.table.rows)
+    provider = within(sizes, provider, keyed.chunks_read, keyed.text_bytes)
     compare_started = time.perf_counter()
     indexed = scan(table, folder / "indexed.arrow")
     notes = keyed.notes
@@ -116,6 +126,7 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
         config=config,
         facts=facts,
         provider=provider,
+        sizes=sizes,
         reader=reader,
         identity=identity,
         cache=cache,
@@ -131,6 +142,22 @@ def survey(config: Config, overrides: Overrides, folder: Path) -> Survey:
     )
 
 
+def _first_pass(
+    config: Config, overrides: Overrides, reader: Reader, provider: Provider, table: Table | None
+) -> FirstPass | None:
+    """What is known of the files of the corpus; None where all is to be read."""
+    source = config.source
+    if not (isinstance(source, FilesSource) and isinstance(reader, FilesReader)):
+        return None
+    if not source.trust_mtime or not is_local(source.path):
+        return None
+    known = generations(table) if table is not None else []
+    prepend = config.embedding.prepend
+    made = made_by(source, reader.splitter, prepend, provider.estimate.measure)
+    kept = kept_stamps(config, known[-1] if known else None, made)
+    return FirstPass(reader.stamp, made, kept, narrow=bool(overrides.narrow))
+
+
 def _by_name(fields: list[pa.Field]) -> dict[str, pa.DataType]:
     return {field.name: field.type for field in fields}
 
@@ -143,16 +170,19 @@ def open_reader(config: Config, overrides: Overrides) -> Reader:
             to stand in front of texts.
     """
     source, preparation = config.source, Preparation(config.embedding.prepend)
-    if not Path(source.path).exists():
+    if not is_local(source.path):
+        from tasks.read.bucket import require_there  # noqa: PLC0415 - only who uses it loads it
+
+        require_there(source.path)
+    elif not Path(source.path).exists():
         raise SettingsError(f"source.path: there is nothing at {source.path}.")
-    own = [Path(uri) for uri in (config.index.uri, config.state.uri) if is_local(uri)]
+    own = [config.index.uri, config.state.uri]
     if isinstance(source, FilesSource):
         return FilesReader(source, own, overrides.narrow or None, preparation)
     if overrides.narrow:
         raise SettingsError("A narrower source path needs a source of files, not of tables.")
     # Other tables of the database may be a corpus, the index itself may not.
-    table = f"{config.index.uri}/{config.index.table}.lance"
-    own = [Path(uri) for uri in (table, config.state.uri) if is_local(uri)]
+    own = [f"{config.index.uri}/{config.index.table}.lance", config.state.uri]
     return TableReader(source, own, preparation)
 
 

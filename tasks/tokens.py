@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ _CODES = bytes(
     next((code for code, (first, _, _) in enumerate(_KINDS.values()) if byte in first), 0)
     for byte in range(0x100)
 )
+_BEGINS = bytes(byte not in _INSIDE for byte in range(0x100))
 _ASCII, _ALL = 4, len(_KINDS) - 1  # kinds of characters
 _PRIOR: Floats = np.array([tokens for _, tokens, _ in _KINDS.values()])
 _SPREAD: Floats = np.array([spread for _, _, spread in _KINDS.values()])
@@ -114,24 +116,47 @@ class Estimate:
             tokens += characters * weight
         return max(1, int(tokens + 0.5))
 
+    @property
+    def measure(self) -> str:
+        """Sizes are characters by kind."""
+        return f"characters-{blake2b(_CODES, digest_size=4).hexdigest()}"
+
     def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
         """The count of each of `texts`, in their order."""
-        if len(texts) > _BLOCK:
-            blocks = [texts[start : start + _BLOCK] for start in range(0, len(texts), _BLOCK)]
-            return np.concatenate([self.counts(block) for block in blocks])
-        # A line end after each text, taken off again below: reduceat knows no empty part.
-        joined = "\n".join([*texts, ""])
-        data = joined.encode("utf-8", "surrogatepass")
-        codes = np.frombuffer(data.translate(_CODES, _INSIDE), np.uint8)
-        lengths = np.fromiter(map(len, texts), np.int64, len(texts)) + 1
-        starts = np.cumsum(lengths) - lengths
-        tokens = np.full(len(texts), self.weights[-1])
-        kinds = list(_KINDS)[: _ASCII if joined.isascii() else _ALL]
-        for code, (kind, weight) in enumerate(zip(kinds, self.weights, strict=False)):
-            characters = np.add.reduceat(codes == code, starts, dtype=np.int32)
-            # Summed in the order of `count`, so that both say the same.
-            tokens += (characters - (kind == "space")) * weight
+        raw = pa.array([text.encode("utf-8", "surrogatepass") for text in texts], pa.binary())
+        return self.of_sizes(self.sizes(raw))
+
+    def sizes(self, texts: pa.Array) -> npt.NDArray[np.int32]:
+        """Characters of each of `texts`, utf8 or its bytes, by kind, in the order of _KINDS."""
+        sizes = np.zeros((len(texts), _ALL), np.int32)
+        for start in range(0, len(texts), _BLOCK):
+            block = texts.slice(start, _BLOCK)
+            _count_kinds(block, sizes[start : start + len(block)])
+        return sizes
+
+    def of_sizes(self, sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """The count of each text of these `sizes`."""
+        tokens = np.full(len(sizes), self.weights[-1])
+        # Summed in the order of `count`, so that both say the same.
+        for kind, weight in zip(sizes.T, self.weights, strict=False):
+            tokens += kind * weight
         return np.maximum(1, (tokens + 0.5).astype(np.int32))
+
+
+def _count_kinds(texts: pa.Array, sizes: npt.NDArray[np.int32]) -> None:
+    """Enter the characters of each of `texts` by kind in `sizes`."""
+    offsets = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset :][: len(texts) + 1]
+    data = memoryview(texts.buffers()[2] or b"")[offsets[0] : offsets[-1]].tobytes()
+    codes = np.frombuffer(data.translate(_CODES, _INSIDE), np.uint8)
+    if data.isascii():
+        ends, kinds = offsets[1:] - offsets[0], _ASCII
+    else:
+        whole = np.frombuffer(data.translate(_BEGINS), np.uint8)
+        ends, kinds = np.append(0, np.cumsum(whole, dtype=np.int64))[offsets[1:] - offsets[0]], _ALL
+    full = np.flatnonzero(np.diff(ends, prepend=0))  # reduceat knows no empty part
+    starts = np.append(0, ends[:-1])[full]
+    for kind in range(kinds):
+        sizes[full, kind] = np.add.reduceat(codes == kind, starts, dtype=np.int32)
 
 
 class Calibration:
@@ -328,6 +353,11 @@ class TokenizerEstimate:
     margin: float = _LEAST_MARGIN
     observations: int = 0
 
+    @property
+    def measure(self) -> str:
+        """Sizes are tokens; raises as `counts`."""
+        return f"tokens-{_tokenizer(self.path)[1]}"
+
     def count(self, text: str) -> int:
         """Tokens of `text`, at least 1; raises as `counts`."""
         return int(self.counts([text])[0])
@@ -339,21 +369,31 @@ class TokenizerEstimate:
             SettingsError: The file is missing or holds no tokenizer.
         """
         whole = [text.encode(errors="replace").decode() for text in texts]  # no lone surrogates
-        found = _tokenizer(self.path).encode_batch_fast(whole)
+        found = _tokenizer(self.path)[0].encode_batch_fast(whole)
         return np.fromiter((max(1, len(one)) for one in found), np.int32, len(whole))
+
+    def sizes(self, texts: pa.Array) -> npt.NDArray[np.int32]:
+        """The count of each of `texts`; raises as `counts`."""
+        return self.counts(texts.to_pylist())[:, None]
+
+    def of_sizes(self, sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """The counts themselves."""
+        return sizes[:, 0]
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(path: str) -> "Tokenizer":
+def _tokenizer(path: str) -> "tuple[Tokenizer, str]":
+    """The tokenizer in the file at `path`, and what names its content."""
     from tokenizers import Tokenizer  # noqa: PLC0415 - only who names a file needs it
 
     way_out = "Name the model's tokenizer.json in embedding.tokenizer, or leave it out to estimate."
     try:
-        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+        told = Path(path).read_text(encoding="utf-8")
+        tokenizer = Tokenizer.from_str(told)
     except OSError as error:
         raise SettingsError(f"The tokenizer {path!r} cannot be read: {error}. {way_out}") from error
     except Exception as error:  # of no text, or of the library, which has no errors of its own
         raise SettingsError(f"{path!r} holds no tokenizer: {error}. {way_out}") from error
     tokenizer.no_truncation()  # a text that is too long must be seen to be
     tokenizer.no_padding()
-    return tokenizer
+    return tokenizer, blake2b(told.encode(), digest_size=8).hexdigest()

@@ -1,18 +1,24 @@
 """What several tests share: fresh folders, tables by reference, a corpus in memory, a whole run."""
 
 import itertools
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import requests
 
 from tasks.claims import Shared, take_up
 from tasks.embed import embed_batch
@@ -29,6 +35,7 @@ from tasks.providers.lexical import Lexical
 from tasks.publish import Published, publish, tidy_published
 from tasks.read import ReadNotes, Wanted
 from tasks.recover import Recovered, recover
+from tasks.run import keep_found
 from tasks.schemas import BATCH, CHUNKS, TableRef, vectors_schema
 from tasks.sender import Terms, forget_sender, sender_of
 from tasks.survey import Survey, require_safe, survey
@@ -299,6 +306,7 @@ def reindex() -> Callable[..., Ran]:
                 run_id=folder.run_id,
             )
             folder.forget_notes()
+            keep_found(found, filled, published)
             tidy_published(published, filled.rows.rows, config.index, found.cache, folder.run_id)
         return Ran(found, published, sent, recovered, calls)
 
@@ -363,3 +371,47 @@ def prefect_api() -> Iterator[str]:
     quick = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
     with prefect_test_harness(server_startup_timeout=120), quick:
         yield str(PREFECT_API_URL.value())
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of an S3 server, which all processes find by the usual variables."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
+    moto = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "10"},  # objects of a page
+    )
+    address = f"http://127.0.0.1:{port}"
+    variables = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ALLOW_HTTP": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        try:
+            for _ in range(1200):
+                with suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                time.sleep(0.05)
+            yield address
+        finally:
+            moto.kill()
+            moto.wait()
+
+
+@pytest.fixture
+def bucket(s3: str) -> str:
+    """An empty bucket, of a name of its own also where tests run side by side."""
+    name = f"bucket-{uuid.uuid4()}"
+    requests.put(f"{s3}/{name}", timeout=10).raise_for_status()
+    return f"s3://{name}"

@@ -6,13 +6,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import ContextVar
 
 import pytest
 
 from flows.cancelling import Whole
-from tasks.aside import Aside, out_of_reach
+from tasks.aside import Aside, one_ahead, out_of_reach
 
 pytestmark = pytest.mark.usefixtures("heeded")
 
@@ -138,3 +139,50 @@ def test_work_that_must_be_whole_is_whole_whenever_a_cancel_comes() -> None:
         except KeyboardInterrupt:
             cancelled += 1
     assert cancelled == 50
+
+
+def test_one_is_fetched_while_the_one_before_is_worked_on() -> None:
+    fetched: list[int] = []
+    second = threading.Event()
+
+    def items() -> Iterator[int]:
+        for number in range(5):
+            fetched.append(number)
+            if number == 1:
+                second.set()
+            yield number
+
+    ahead = one_ahead(items())
+    assert next(ahead) == 0
+    assert second.wait(10)  # with nobody asking for it
+    assert fetched == [0, 1]
+    assert list(ahead) == [1, 2, 3, 4]
+    assert list(one_ahead(iter([]))) == []
+
+
+def test_what_ends_the_items_comes_after_those_before_it() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise OSError("the disk is gone")
+
+    ahead, seen = one_ahead(items()), list[int]()
+    with pytest.raises(OSError, match="the disk is gone"):
+        seen.extend(ahead)
+    assert seen == [1]
+
+
+def test_nothing_is_fetched_once_nobody_wants_more() -> None:
+    fetched: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(5):
+            time.sleep(0.01)
+            fetched.append(number)
+            yield number
+
+    ahead = one_ahead(items())
+    next(ahead)
+    ahead.close()  # type: ignore[attr-defined]
+    assert fetched == [0, 1]
+    time.sleep(0.05)
+    assert fetched == [0, 1]

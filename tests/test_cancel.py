@@ -222,7 +222,7 @@ def test_a_command_that_is_terminated_says_so_in_a_line(tmp_path: Path) -> None:
     )  # fmt: skip
     with (tmp_path / "slow.yaml").open("w"):  # opens when the other side reads
         planning.send_signal(signal.SIGTERM)
-        out, said = planning.communicate(timeout=60)
+        out, said = planning.communicate(timeout=120)
     assert (planning.returncode, out) == (130, "")
     assert said == "embed-once: cancelled; what was paid for is kept, run again.\n"
 
@@ -257,10 +257,10 @@ def test_a_signal_cancels_and_the_next_run_pays_for_the_rest(home: Home, number:
     process.send_signal(number)
     time.sleep(0.3)  # what is just being sent counts as in flight
     signalled, sent = time.monotonic(), home.calls
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=120)[1]
     assert said == "embed-once: cancelled; what was paid for is kept, run again.\n"
     assert process.returncode == 130
-    assert time.monotonic() - signalled < 12
+    assert time.monotonic() - signalled < 19  # as long as it would wait for one that does not come
     assert home.calls == sent
     (run,) = home.runs()
     assert (run["state"], run["texts.embedded"], run["published"]) == ("cancelled", sent, "none")
@@ -279,7 +279,7 @@ def test_a_slow_answer_in_flight_is_waited_for(home: Home) -> None:
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     sent = home.calls
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 130
     assert (home.calls, home.runs()[0]["texts.embedded"]) == (sent, sent)
     home.goes_on()
@@ -293,7 +293,7 @@ def test_an_answer_that_does_not_come_holds_nobody_longer_than_prefect_allows(ho
     wait_for(lambda: home.calls >= 24)
     process.send_signal(signal.SIGINT)
     signalled = time.monotonic()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 130
     assert 19 < time.monotonic() - signalled < 28
     (run,) = home.runs()
@@ -314,7 +314,7 @@ def test_a_second_ctrl_c_ends_at_once_and_loses_nothing(home: Home) -> None:
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     pressed = time.monotonic()
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=120)[1]
     assert said == "embed-once: ended at once; what was paid for is kept, run again.\n"
     assert process.returncode == 130
     assert time.monotonic() - pressed < 15  # the first one alone waits for 20 s
@@ -332,7 +332,7 @@ def test_who_waits_for_a_limit_or_a_retry_ends_at_once(home: Home) -> None:
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     signalled = time.monotonic()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert (process.returncode, time.monotonic() - signalled < 10) == (130, True)
 
     home.simulator.add(Rule(status=503))
@@ -342,7 +342,7 @@ def test_who_waits_for_a_limit_or_a_retry_ends_at_once(home: Home) -> None:
     )  # the next one comes after 8 to 24 s
     process.send_signal(signal.SIGINT)
     signalled = time.monotonic()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert (process.returncode, time.monotonic() - signalled < 7) == (130, True)
 
 
@@ -386,8 +386,8 @@ def test_no_process_stays_behind(no_server: Home, way: str) -> None:
         os.close(ours)
         time.sleep(0.3)
         process.send_signal(signal.SIGHUP)  # the shell sends it as well
-    process.wait(60)
-    wait_for(lambda: not Path(f"/proc/{server[0]}").exists(), 15)
+    process.wait(120)
+    wait_for(lambda: not Path(f"/proc/{server[0]}").exists())
     if way != "killed":
         assert process.returncode == 130
         assert no_server.runs()[0]["state"] == "cancelled"

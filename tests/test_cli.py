@@ -85,6 +85,16 @@ def test_a_run_prints_a_summary_and_is_otherwise_quiet_in_a_pipe(home: Path) -> 
     assert (home / "first.err").read_text(encoding="utf-8") == ""
 
 
+def test_a_run_does_not_load_what_it_never_uses(home: Path) -> None:
+    code = "import sys; from flows.cli import app\n"
+    code += "app(['reindex', 'birds.yaml'], standalone_mode=False)\n"
+    code += "sys.exit('pandas' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=home, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_what_prefect_logs_goes_to_a_file(home: Path) -> None:
     logs = list((home / "state" / "logs").glob("*-reindex-*.log"))
     assert "Finished in state Completed()" in logs[0].read_text(encoding="utf-8")
@@ -384,11 +394,13 @@ def test_a_plan_that_a_reindex_would_refuse_is_exit_code_2(home: Path, tmp_path:
 def test_what_nobody_foresaw_is_said_in_a_line_with_the_rest_in_a_file(
     home: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(home, tmp_path / "birds")
-    versions = tmp_path / "birds" / "index" / "birds.lance" / "_versions"
-    for manifest in versions.iterdir():
-        manifest.write_bytes(b"damaged")
-    done = embed_once("search", "birds.yaml", "owls", cwd=tmp_path / "birds")
+    code = "import lancedb, sys; lancedb.connect = lambda *_, **__: 1 / 0\n"
+    code += "from flows.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "search", "birds.yaml", "owls"],
+        cwd=home, env={**os.environ, "TMPDIR": str(tmp_path)}, check=False, capture_output=True,
+        text=True, timeout=150,
+    )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.startswith("embed-once: Something unforeseen happened (")
     log = Path(done.stderr.split("Details: ")[1].strip())

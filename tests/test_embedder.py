@@ -33,10 +33,10 @@ from tasks.errors import (
     SettingsError,
     StorageFailed,
 )
-from tasks.flights import COPIES, OVERHEAD, estimated_bytes
 from tasks.journal import fold
 from tasks.keys import text_hash
 from tasks.ledger import Ledger
+from tasks.memory import COPIES, OVERHEAD, estimated_bytes
 from tasks.providers.lexical import Lexical
 from tasks.quarantine import quarantined
 from tasks.simulator import Rule, Settings, Simulator

@@ -19,6 +19,7 @@ from tasks.keys import (
     hash_column,
     identified,
     key_columns,
+    paired,
     text_hash,
 )
 from tasks.schemas import CHUNKS, HASH, rows_schema
@@ -74,6 +75,23 @@ def test_the_first_of_each_key_is_where_it_first_stands(
 ) -> None:
     expected = [at for at, key in enumerate(digests) if key not in digests[:at]]
     assert first_of_each(column(digests, cuts)).tolist() == expected
+
+
+@given(st.lists(keys), st.lists(keys), st.lists(st.integers(1, 9)))
+@settings(deadline=None)
+def test_equal_keys_pair_in_their_order(
+    left: list[bytes], right: list[bytes], cuts: list[int]
+) -> None:
+    right = [*right, *left[::2], *left[:3]]
+    waiting = list(enumerate(left))
+    expected = set()
+    for at_right, key in enumerate(right):
+        if found := next((item for item in waiting if item[1] == key), None):
+            waiting.remove(found)
+            expected.add((found[0], at_right))
+    pairs = paired(column(left, cuts), hash_column(right))
+    assert set(zip(*(side.tolist() for side in pairs), strict=True)) == expected
+    assert len(pairs[0]) == len(expected)
 
 
 def rows(*, document: list[str | None] | None = None, **metadata: Any) -> pa.RecordBatch:

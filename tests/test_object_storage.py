@@ -1,6 +1,5 @@
 """State and index in an object store: a real S3 server in a process of its own."""
 
-import itertools
 import json
 import os
 import socket
@@ -10,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import lancedb
 import obstore
 import pyarrow as pa
 import pytest
-import requests
 
 from tasks.cache import Cache
 from tasks.errors import IndexHeld, LockLost, SettingsError, StorageFailed
@@ -40,48 +38,6 @@ from tasks.survey import require_runnable
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The address of an S3 server, which all processes find by the usual variables."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
-    moto = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    variables = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": address,
-        "AWS_ALLOW_HTTP": "true",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        try:
-            for _ in range(1200):
-                with suppress(OSError):
-                    socket.create_connection(("127.0.0.1", port)).close()
-                    break
-                time.sleep(0.05)
-            yield address
-        finally:
-            moto.kill()
-            moto.wait()
-
-
-NUMBERS = itertools.count()
-
-
-@pytest.fixture
-def bucket(server: str) -> str:
-    """An empty bucket."""
-    name = f"bucket-{next(NUMBERS)}"
-    requests.put(f"{server}/{name}", timeout=10).raise_for_status()
-    return f"s3://{name}"
 
 
 def names_in(uri: str) -> list[str]:
@@ -109,7 +65,7 @@ def test_an_object_is_read_as_it_was_written(bucket: str) -> None:
     assert storage.names("") == ["ab/three"]
 
 
-def test_a_bucket_that_is_not_there_is_said(server: str, tmp_path: Path) -> None:
+def test_a_bucket_that_is_not_there_is_said(s3: str, tmp_path: Path) -> None:
     storage = storage_at("s3://no-such-bucket/x")
     with pytest.raises(StorageFailed, match=r"s3://no-such-bucket/x cannot be written.*bucket"):
         storage.write("a", b"1")

@@ -257,9 +257,17 @@ def test_a_later_setting_wins(load: Load) -> None:
     assert load("name=one", "name=two").name == "two"
 
 
-def test_a_source_in_object_storage_is_refused(load: Load) -> None:
-    said = refusal(load, source={**FILES["source"], "path": "s3://bucket/x"})
-    assert "  source.path: only index.uri and state.uri may be in object storage" in said
+@pytest.mark.parametrize("kind", ["files", "table"])
+def test_a_source_may_be_in_object_storage(load: Load, kind: str) -> None:
+    path = load(source={"kind": kind, "path": "s3://bucket/a//b/"}).source.path
+    assert path == "s3://bucket/a/b"
+    said = refusal(load, source={"kind": kind, "path": "s3://key:secret@bucket/x"})
+    assert "  source.path: write s3://bucket/prefix; keys and endpoint come from the" in said
+
+
+def test_a_tokenizer_in_object_storage_is_refused(load: Load) -> None:
+    said = refusal(load, embedding={**FILES["embedding"], "tokenizer": "s3://bucket/x"})
+    assert "  embedding.tokenizer: only source.path, index.uri and state.uri may be in" in said
 
 
 @pytest.mark.parametrize("part", ["index", "state"])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from operator import eq
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import lancedb
@@ -870,3 +871,16 @@ def test_any_table_comes_back_with_its_ids_and_texts(
         found = [row | {"n": int(row["n"]) if row["n"] else None} for row in found]
     assert [(row["id"], row["text"], row["n"]) for row in found] == kept
     assert notes.skipped.total() == len(rows) - len(kept)
+
+
+def test_what_is_read_of_a_parquet_file_is_not_held_to_its_end(tmp_path: Path) -> None:
+    random = Random(7)
+    texts = [random.randbytes(400).hex() for _ in range(80_000)]
+    table = pa.table({"id": [str(number) for number in range(80_000)], "text": texts})
+    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=2000, use_dictionary=False)
+    size = table.nbytes
+    del table, texts
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in reader(tmp_path / "t.parquet").chunks(ReadNotes()):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < size / 4

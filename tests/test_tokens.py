@@ -24,6 +24,8 @@ from tokenizers.trainers import BpeTrainer
 
 from tasks import tokens as tokens_module
 from tasks.errors import SettingsError
+from tasks.limits import Limits
+from tasks.providers.lexical import Lexical
 from tasks.tokens import (
     CALIBRATIONS,
     TABLE,
@@ -34,6 +36,7 @@ from tasks.tokens import (
     save,
 )
 
+ANY = Limits(None, None, texts_per_request=1000, tokens_per_request=None, concurrency=2)
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=60)
 """Lone surrogates included."""
 
@@ -271,6 +274,19 @@ def test_counting_many_is_counting_each(texts: list[str]) -> None:
     assert all(counts >= 1)
 
 
+@pytest.mark.parametrize("texts", [["the", "съешь 語😀", ""], ["plain", "\x00"], []])
+def test_sizes_say_the_same_once_more(texts: list[str], tokenizer: Path) -> None:
+    """Also of a slice, and with other weights than when they were taken."""
+    column = pa.array(["before", *texts, "after"], pa.utf8()).slice(1, len(texts))
+    for estimate in (Estimate(), Lexical(256, ANY), TokenizerEstimate(str(tokenizer))):
+        sizes = estimate.sizes(column)
+        assert sizes.dtype == np.int32
+        assert estimate.of_sizes(sizes).tolist() == estimate.counts(texts).tolist()
+    later = Estimate(weights=(0.2, 0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 3.0))
+    assert later.of_sizes(Estimate().sizes(column)).tolist() == later.counts(texts).tolist()
+    assert later.measure == Estimate().measure
+
+
 def test_more_texts_than_are_counted_at_once_keep_their_order() -> None:
     estimate, texts = Estimate(), ["x" * (number % 97) for number in range(1001)]
     assert estimate.counts(texts).tolist() == [estimate.count(text) for text in texts]
@@ -479,6 +495,12 @@ def test_a_tokenizer_counts_its_own_tokens(tokenizer: Path) -> None:
     assert estimate.counts(texts).dtype == np.int32
     assert [estimate.count(text) for text in texts] == exact
     assert estimate.margin == 0.02
+
+
+def test_another_tokenizer_has_another_measure(tokenizer: Path, tmp_path: Path) -> None:
+    other = tmp_path / "tokenizer.json"
+    Tokenizer(BPE()).save(str(other))
+    assert TokenizerEstimate(str(other)).measure != TokenizerEstimate(str(tokenizer)).measure
 
 
 def test_a_tokenizer_takes_any_text(tokenizer: Path) -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from tasks.limits import Learned, Limits
 from tasks.prepare import PLAIN, Preparation
@@ -115,6 +117,20 @@ class Lexical:
     def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
         """`count` of each of `texts`."""
         return np.fromiter(map(self.count, texts), np.int32, len(texts))
+
+    @property
+    def measure(self) -> str:
+        """Sizes are bytes."""
+        return "bytes"
+
+    def sizes(self, texts: pa.Array) -> npt.NDArray[np.int32]:
+        """UTF-8 bytes of each of `texts`."""
+        lengths: npt.NDArray[np.int32] = pc.binary_length(texts).to_numpy(zero_copy_only=False)
+        return lengths[:, None]
+
+    def of_sizes(self, sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """`count` of each text of so many bytes."""
+        return np.maximum(1, -(-sizes[:, 0] // 4))
 
     def prepare(self) -> None:
         """Nothing to load."""

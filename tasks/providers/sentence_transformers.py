@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from tasks.errors import BatchRefused, ProviderBusy, ProviderDenied, SettingsError
 from tasks.limits import Learned, Limits
@@ -66,6 +67,19 @@ class ModelTokens:
         whole = [self.prompt + text for text in texts] if self.prompt else texts
         counts = TokenizerEstimate(self.tokenizer, margin=0.0).counts(whole)
         return counts if self.longest is None else np.minimum(counts, np.int32(self.longest))
+
+    @property
+    def measure(self) -> str:
+        """Sizes are tokens, cut off; raises as `counts`."""
+        return f"{TokenizerEstimate(self.tokenizer).measure}/{self.longest}/{self.prompt}"
+
+    def sizes(self, texts: pa.Array) -> Counts:
+        """The count of each of `texts`; raises as `counts`."""
+        return self.counts(texts.to_pylist())[:, None]
+
+    def of_sizes(self, sizes: Counts) -> Counts:
+        """The counts themselves."""
+        return sizes[:, 0]
 
 
 @dataclass(frozen=True)

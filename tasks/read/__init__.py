@@ -28,7 +28,8 @@ class ReadNotes:
             stay in the index as they are.
         unread_ids: The same for single rows of a table.
         failed: How many of those are missing from the corpus that should be in it.
-        documents: Documents read.
+        documents: Documents with a text.
+        untouched: Those of them that were not read again: what is in them is known.
     """
 
     EXAMPLES = 5
@@ -39,6 +40,7 @@ class ReadNotes:
     unread_ids: list[str] = field(default_factory=list)
     failed: int = 0
     documents: int = 0
+    untouched: int = 0
 
     def skip(self, reason: str, what: str) -> None:
         """Count `what` as left out for `reason`: there is no text in it to index."""

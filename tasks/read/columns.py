@@ -8,7 +8,6 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ import pyarrow as pa
 from tasks.errors import CorpusError, SettingsError
 from tasks.params import TableSource
 from tasks.prepare import PLAIN, Preparation
-from tasks.read.formats import LINES, Part, merged, other_separator
+from tasks.read.formats import LINES, Part, Place, merged, other_separator
 from tasks.schemas import CHUNKS, OWN_COLUMNS
 
 LANCE_COLUMNS = frozenset({"_distance", "_score", "_relevance_score"})
@@ -155,7 +154,7 @@ def _types(parts: Sequence[Part], source: TableSource) -> tuple[dict[str, pa.Dat
     return types, first is None
 
 
-def _stored(column: "pa.Field[Any]", path: Path, *, key: bool) -> pa.DataType:
+def _stored(column: "pa.Field[Any]", path: Place, *, key: bool) -> pa.DataType:
     """The type that the values of `column` are stored as; integers of a key become text."""
     try:
         type_ = _plain(column.type, pa.null())
@@ -235,7 +234,7 @@ def _fieldless(type_: Any) -> bool:
     return pa.types.is_nested(type_) and _fieldless(type_.value_type)
 
 
-def _require_columns(keys: list[str], own: list[str], names: list[str], path: Path) -> None:
+def _require_columns(keys: list[str], own: list[str], names: list[str], path: Place) -> None:
     for name in [*keys, *own]:
         if name not in names:
             other = other_separator(names[0]) if path.suffix.lower() == ".csv" else ""
@@ -252,7 +251,7 @@ def _require_columns(keys: list[str], own: list[str], names: list[str], path: Pa
             )
 
 
-def _refuse_reserved(name: str, path: Path) -> None:
+def _refuse_reserved(name: str, path: Place) -> None:
     """Refuse a metadata column of a name that the index or LanceDB uses itself."""
     if name in OWN_COLUMNS or name in LANCE_COLUMNS or name.startswith("_row"):
         why = "takes a name that the index needs itself"
@@ -267,7 +266,7 @@ def _refuse_reserved(name: str, path: Path) -> None:
     )
 
 
-def _require_text(use: str, name: str, type_: pa.DataType, path: Path) -> None:
+def _require_text(use: str, name: str, type_: pa.DataType, path: Place) -> None:
     if pa.types.is_string(type_) or pa.types.is_null(type_):
         return
     wish = "text" if use == "text" else "text or integers"

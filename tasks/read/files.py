@@ -2,9 +2,9 @@
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,10 +14,13 @@ from tasks.params import FilesSource
 from tasks.prepare import PLAIN, Preparation
 from tasks.read import ReadNotes, Wanted
 from tasks.read.decode import decode
+from tasks.read.patterns import Sieve
 from tasks.read.split import Piece, Splitter, kind_of
+from tasks.read.stamp import stamp_of
 from tasks.read.titles import ALGORITHM, outline
-from tasks.read.tree import Tree
+from tasks.read.tree import CHANGED, Tree, contents
 from tasks.schemas import CHUNKS
+from tasks.storage import is_local
 
 ROWS = 2000
 """Most rows of a batch."""
@@ -37,13 +40,14 @@ class FilesReader:
 
     Attributes:
         source: Section `source` of a config.
-        skip_paths: Our own files and folders; never read, even inside the source.
+        skip_paths: Our own files and folders, paths or addresses; never read, even inside the
+            source.
         narrow: Only this file or folder below `source.path`, a POSIX path.
         preparation: What stands in front of the texts, of KNOWN.
     """
 
     source: FilesSource
-    skip_paths: Sequence[Path] = ()
+    skip_paths: Sequence[str | Path] = ()
     narrow: str | None = None
     preparation: Preparation = PLAIN
 
@@ -72,10 +76,29 @@ class FilesReader:
 
         Raises:
             SettingsError: The source or what it is narrowed to does not exist.
+            StorageFailed: The bucket of the source does not answer any more.
         """
-        root, documents = self._listing(notes)
+        if is_local(self.source.path):
+            root, documents = self._listing(notes)
+            read = _contents(root, documents, notes, wanted)
+        else:
+            from tasks.read.stored_tree import documents_at  # noqa: PLC0415 - only who uses it loads it
+
+            read = documents_at(self.source.path, self._sieve, self.skip_paths, notes, wanted)
         schema = pa.schema([*CHUNKS, *self.metadata])
-        return _batches(self._pieces(root, documents, notes, wanted), schema)
+        return _batches(self._pieces(read, notes), schema)
+
+    @property
+    def _sieve(self) -> Sieve:
+        source = self.source
+        return Sieve(source.include, source.exclude, source.respect_gitignore, self.narrow)
+
+    @property
+    def stamp(self) -> Callable[[str], bytes | None]:
+        """By a document's name the stamp of its file; see `stamp_of`."""
+        path = Path(self.source.path).resolve()
+        root = str(path.parent if path.is_file() else path)
+        return lambda document: stamp_of(f"{root}/{document}")
 
     def _listing(self, notes: ReadNotes) -> tuple[Path, Iterable[str]]:
         """The folder that documents are named from, and their names."""
@@ -87,34 +110,26 @@ class FilesReader:
             raise SettingsError(f"source.path: there is nothing at {path}.") from None
         except OSError as error:
             raise SettingsError(f"source.path: {path} cannot be read: {error.strerror}.") from None
-        skip_paths = frozenset(skipped.resolve() for skipped in self.skip_paths)
+        own = (Path(skipped) for skipped in self.skip_paths if is_local(str(skipped)))
+        skip_paths = frozenset(skipped.resolve() for skipped in own)
         if path in skip_paths:
             raise SettingsError(
                 f"source.path: {path} is where the index or its state is kept; name another one."
             )
-        narrow = _narrow(path, self.narrow, is_folder=stat.S_ISDIR(mode))
+        is_folder = stat.S_ISDIR(mode)
+        sieve = self._sieve.narrowed(
+            path, lambda name: os.path.lexists(path / name) if is_folder else name == path.name
+        )
         if stat.S_ISREG(mode):
             return path.parent, [path.name]
-        if not stat.S_ISDIR(mode):
+        if not is_folder:
             raise SettingsError(f"source.path: {path} is neither a folder nor a file.")
-        tree = Tree(
-            path,
-            self.source.include,
-            self.source.exclude,
-            self.source.respect_gitignore,
-            skip_paths,
-            narrow,
-        )
-        return path, tree.documents(notes)
+        return path, Tree(path, sieve, skip_paths).documents(notes)
 
-    def _pieces(
-        self, root: Path, documents: Iterable[str], notes: ReadNotes, wanted: Wanted | None
-    ) -> Iterator[_Row]:
+    def _pieces(self, read: Iterable[tuple[str, bytes]], notes: ReadNotes) -> Iterator[_Row]:
         splitter = Splitter(self.source.split)
-        for document in documents:
-            if wanted is not None and not wanted(document):
-                continue
-            text = _text(root / document, document, notes)
+        for document, data in read:
+            text = _text(data, document, notes)
             if text is None:
                 continue
             notes.documents += 1
@@ -123,27 +138,26 @@ class FilesReader:
                 yield document, piece, titles.title(piece.start_line)
 
 
-def _narrow(path: Path, narrow: str | None, *, is_folder: bool) -> str | None:
-    """`narrow` without a slash too many; None where it takes nothing away."""
-    if narrow is None:
-        return None
-    asked = PurePosixPath(narrow)
-    if asked.is_absolute() or ".." in asked.parts:
-        raise SettingsError(f"narrow: {narrow!r} must be a path below source.path ({path}).")
-    if asked == PurePosixPath():
-        return None
-    if not (os.path.lexists(path / asked) if is_folder else asked.as_posix() == path.name):
-        raise SettingsError(f"narrow: there is no {narrow!r} below source.path ({path}).")
-    return asked.as_posix()
+def _contents(
+    root: Path, documents: Iterable[str], notes: ReadNotes, wanted: Wanted | None
+) -> Iterator[tuple[str, bytes]]:
+    """Each document that is wanted and can be read, with what stands in it."""
+    for document in documents:
+        if wanted is not None and not wanted(document):
+            continue
+        try:
+            data = contents(root / document)
+        except OSError:
+            notes.fail("unreadable", document)
+            continue
+        if data is None:
+            notes.fail(CHANGED, document)
+        else:
+            yield document, data
 
 
-def _text(path: Path, document: str, notes: ReadNotes) -> str | None:
+def _text(data: bytes, document: str, notes: ReadNotes) -> str | None:
     """The document's text; None, with a note, where there is none to embed."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        notes.fail("unreadable", document)
-        return None
     text = decode(data)
     if not data:
         notes.skip("empty file", document)

@@ -8,12 +8,12 @@ import io
 import re
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, ClassVar, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,12 +22,19 @@ from pyarrow import parquet
 
 from tasks.errors import CorpusError
 from tasks.params import TableSource
+from tasks.read.portions import (
+    BLOCK_BYTES,
+    PAGE_BYTES,
+    ROWS,
+    portions,
+    rows_at_once,
+)
 
-ROWS = 8192
-"""Rows a batch holds at most."""
+if TYPE_CHECKING:
+    from tasks.read.bucket import Stored
 
-BLOCK_BYTES = 4 << 20
-"""Bytes of a CSV file that are parsed at once."""
+Place: TypeAlias = "Path | Stored"
+"""Where a file or table is: on a disk, or in a bucket."""
 
 LINES = ("start_line", "end_line")
 """Integer columns of these names become the index's own."""
@@ -35,15 +42,21 @@ LINES = ("start_line", "end_line")
 LONGEST_HEADER = 1 << 16
 """Characters of a CSV header that are looked at for a message."""
 
-STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+_FAULTS = (pa.ArrowException, OSError, LookupError, ValueError, RuntimeError, ArithmeticError)
 
 
 @contextmanager
-def reading(path: Path, hint: str = "Mend the file, or make it again.") -> Iterator[None]:
-    """Turn what a format's library raises into a CorpusError that names the file."""
+def reading(path: Place, hint: str = "Mend the file, or make it again.") -> Iterator[None]:
+    """Turn what a format's library raises into a CorpusError; refuse a pipe, which has no end."""
+    if isinstance(path, Path) and path.exists() and not (path.is_file() or path.is_dir()):
+        raise CorpusError(
+            f"{path} is neither a file nor a folder, but a pipe or a device. A corpus is read more "
+            "than once: write what comes from it to a file.",
+            path=str(path),
+        )
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError, RuntimeError, OverflowError) as error:
+    except _FAULTS as error:
         raise CorpusError(
             f"{path} cannot be read in full: {short(error)}. {hint} "
             "Nothing is taken from a corpus that is read in part.",
@@ -84,7 +97,7 @@ def text_array(values: Sequence[Any]) -> "pa.Array[Any]":
     return pa.Array.from_buffers(pa.utf8(), len(encoded), encoded.buffers())
 
 
-def refuse_utf16(path: Path) -> None:
+def refuse_utf16(path: Place) -> None:
     """Raise a CorpusError if the file at `path` is UTF-16 by its first bytes."""
     with reading(path), path.open("rb") as file:
         start = file.read(2)
@@ -104,13 +117,6 @@ def other_separator(header: str) -> str:
     return ""
 
 
-def _slices(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The rows of `batches`, at most ROWS at a time."""
-    for batch in batches:
-        for start in range(0, batch.num_rows, ROWS):
-            yield batch.slice(start, ROWS)
-
-
 @dataclass(frozen=True)
 class Part(ABC):
     """One file or table of the corpus.
@@ -121,7 +127,7 @@ class Part(ABC):
         sparse: Whether a row need not name every column.
     """
 
-    path: Path
+    path: Place
     source: TableSource
     sparse: ClassVar[bool] = False
 
@@ -149,71 +155,30 @@ class ParquetPart(Part):
 
     def schema(self) -> pa.Schema:
         """The columns that the footer states."""
-        with reading(self.path):
-            if not self.path.stat().st_size:
+        with reading(self.path), self._opened() as file:
+            return file.schema_arrow
+
+    def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """All rows; of the columns asked for, a few pages at a time, not a whole row group."""
+        with reading(self.path), self._opened() as file:
+            rows = rows_at_once(file.metadata, set(schema.names))
+            yield from portions(file.iter_batches(rows, columns=schema.names, use_threads=False))
+
+    @contextmanager
+    def _opened(self) -> Iterator[parquet.ParquetFile]:
+        on_disk = isinstance(self.path, Path)
+        with self.path.open("rb", buffering=0) as raw:
+            if not raw.seek(0, io.SEEK_END):
                 raise CorpusError(f"{self.path} is empty, and so no Parquet file. Make it again.")
-            with parquet.ParquetFile(self.path) as file:
-                return file.schema_arrow
-
-    def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """All rows; only the pages of the columns asked for are read."""
-        with (
-            reading(self.path),
-            parquet.ParquetFile(self.path, page_checksum_verification=True) as file,
-        ):
-            yield from file.iter_batches(ROWS, columns=schema.names)
-
-
-class ArrowPart(Part):
-    """An Arrow IPC file or stream."""
-
-    def schema(self) -> pa.Schema:
-        """The columns that the file states first."""
-        with reading(self.path), pa.memory_map(str(self.path)) as file:
-            return self._open(file, None).schema
-
-    def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """All rows, mapped into memory."""
-        names = self.schema().names
-        with reading(self.path), pa.memory_map(str(self.path)) as file:
-            # Columns that are left out are not unpacked, but those that are read are copied then.
-            some = [names.index(name) for name in schema.names]
-            reader = self._open(file, some if len(some) < len(names) else None)
-            if isinstance(reader, pa.ipc.RecordBatchFileReader):
-                numbers = range(reader.num_record_batches)
-                yield from _slices(self._whole(reader.get_batch(number)) for number in numbers)
-            else:
-                yield from _slices(self._whole(batch) for batch in reader)
-
-    def _open(
-        self, file: pa.MemoryMappedFile, columns: list[int] | None
-    ) -> pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader:
-        options = pa.ipc.IpcReadOptions(included_fields=columns)
-        start = file.read(6)
-        if not start:
-            raise CorpusError(f"{self.path} is empty, and so no Arrow file. Make it again.")
-        if start == b"ARROW1":
-            return pa.ipc.open_file(file, options=options)
-        if start.startswith(b"FEA1"):
-            raise CorpusError(f"{self.path} is Feather version 1. Write it again as version 2.")
-        file.seek(max(file.size() - len(STREAM_END), 0))
-        if file.read() != STREAM_END:
-            raise CorpusError(
-                f"{self.path} is no Arrow file, and as an Arrow stream it has no end: it was "
-                "written or copied in part. Make it again."
-            )
-        file.seek(0)
-        return pa.ipc.open_stream(file, options=options)
-
-    @staticmethod
-    def _whole(batch: pa.RecordBatch) -> pa.RecordBatch:
-        """`batch`, whose offsets were checked: nothing else checks those of a mapped file."""
-        try:
-            batch.validate(full=True)
-        except pa.ArrowInvalid as error:
-            if "UTF8" not in str(error):
-                raise
-        return batch
+            # Else all of a column of a row group is held, or asked of a bucket, at once; and what
+            # was handed out is kept to the end of the file (pyarrow 26).
+            with parquet.ParquetFile(
+                self.path if on_disk else raw,
+                pre_buffer=False,
+                buffer_size=PAGE_BYTES if on_disk else BLOCK_BYTES,
+                page_checksum_verification=True,
+            ) as file:
+                yield file
 
 
 class LancePart(Part):
@@ -236,7 +201,7 @@ class LancePart(Part):
         """All rows, in the order of the table's fragments."""
         with reading(self.path):
             query = self._table.search().select(schema.names)
-            yield from _slices(query.to_batches(batch_size=ROWS))
+            yield from portions(query.to_batches(batch_size=ROWS))
 
 
 class CsvPart(Part):
@@ -268,7 +233,7 @@ class CsvPart(Part):
             _Ended(self.path, f"\n{row}\n".encode()) as file,
             pa_csv.open_csv(cast("IO[bytes]", file), **self._options(schema.names)) as reader,
         ):
-            for batch in _slices(reader):
+            for batch in portions(reader):
                 if held is not None:
                     yield self._parsed(held, schema)
                 held = batch
@@ -313,8 +278,8 @@ class CsvPart(Part):
                     ) from None
                 if "columns, got" not in message:
                     raise
-                with self.path.open(encoding="utf-8", errors="replace") as file:
-                    hint = other_separator(file.readline(LONGEST_HEADER))
+                with self.path.open("rb") as file:
+                    hint = other_separator(file.readline(LONGEST_HEADER).decode(errors="replace"))
                 raise CorpusError(
                     f"{self.path}: a row has more or fewer cells than the header "
                     f"({short(error).removeprefix('CSV parse error: ')}). A cell that holds a "
@@ -342,8 +307,8 @@ class _Ended(io.RawIOBase):
     one row of ours, it swallows that row too, and that is seen.
     """
 
-    def __init__(self, path: Path, end: bytes) -> None:
-        self._file = path.open("rb")
+    def __init__(self, path: Place, end: bytes) -> None:
+        self._file = cast("io.BufferedReader", path.open("rb"))
         self._end = end
 
     def readable(self) -> bool:

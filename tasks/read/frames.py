@@ -9,7 +9,8 @@ import pyarrow as pa
 from tasks.errors import CorpusError, SettingsError
 from tasks.params import TableSource
 from tasks.read import ReadNotes
-from tasks.read.formats import ROWS, short, text_array
+from tasks.read.formats import short, text_array
+from tasks.read.portions import ROWS
 from tasks.read.tables import TableReader
 
 if TYPE_CHECKING:

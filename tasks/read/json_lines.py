@@ -2,19 +2,22 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
 from tasks.errors import CorpusError
-from tasks.read.formats import ROWS, Part, merged, reading, refuse_utf16, short, text_array
+from tasks.read.formats import Part, merged, reading, refuse_utf16, short, text_array
+from tasks.read.portions import BATCH_BYTES, ROWS
 
 SAMPLE_ROWS = 16_384
 """Rows that the columns and their types are taken from."""
 
 LINE_BYTES = 256 << 20
 """Longest line."""
+
+_Row = tuple[int, dict[str, Any]]
+"""Number of its line, and the object."""
 
 
 class JsonPart(Part):
@@ -32,26 +35,39 @@ class JsonPart(Part):
         if self.source.document is not None:
             wanted.add(self.source.document)
         types: dict[str, pa.DataType] = {}
-        rows = self._rows()
         count = 0
-        while (count < SAMPLE_ROWS or wanted - types.keys()) and (some := list(islice(rows, ROWS))):
+        for some in self._blocks():
             count += len(some)
             for name in dict.fromkeys(key for _, row in some for key in row):
                 types[name] = self._column(some, name, types.get(name, pa.null()), widen=True).type
+            if count >= SAMPLE_ROWS and not wanted - types.keys():
+                break
         with reading(self.path):
             return pa.schema(list(types.items()))
 
     def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """All rows, each value of the type in `schema`."""
-        rows = self._rows()
-        while some := list(islice(rows, ROWS)):
+        for some in self._blocks():
             if self.source.metadata is None:
                 self._refuse_new_keys(some, set(schema.names))
             columns = [self._column(some, field.name, field.type) for field in schema]
             yield pa.record_batch(columns, names=schema.names)
 
-    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The objects, each with the number of its line."""
+    def _blocks(self) -> Iterator[list[_Row]]:
+        """The objects with the numbers of their lines, as many as make a batch at a time."""
+        block: list[_Row] = []
+        size = 0
+        for number, row, length in self._rows():
+            block.append((number, row))
+            size += length
+            if len(block) == ROWS or size >= BATCH_BYTES:
+                yield block
+                block, size = [], 0
+        if block:
+            yield block
+
+    def _rows(self) -> Iterator[tuple[int, dict[str, Any], int]]:
+        """The objects, each with the number and the bytes of its line."""
         refuse_utf16(self.path)
         with reading(self.path), self.path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
@@ -59,17 +75,19 @@ class JsonPart(Part):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
                 if text.isspace():
                     continue
+                if len(line) == LINE_BYTES:
+                    raise self._bad(number, f"it is longer than {LINE_BYTES >> 20} MiB")
                 try:
                     row = json.loads(text)
                 except (ValueError, RecursionError) as error:
                     raise self._bad(number, f"this is not JSON: {short(error)}") from None
                 if not isinstance(row, dict):
                     raise self._bad(number, f"this is no object, but {_kind(row)}")
-                yield number, row
+                yield number, row, len(line)
 
     def _column(
         self,
-        rows: Sequence[tuple[int, dict[str, Any]]],
+        rows: Sequence[_Row],
         name: str,
         type_: pa.DataType,
         *,
@@ -102,7 +120,7 @@ class JsonPart(Part):
             column=name,
         )
 
-    def _refuse_new_keys(self, rows: Sequence[tuple[int, dict[str, Any]]], known: set[str]) -> None:
+    def _refuse_new_keys(self, rows: Sequence[_Row], known: set[str]) -> None:
         for number, row in rows:
             if not row.keys() <= known:
                 name = min(row.keys() - known)

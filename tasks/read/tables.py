@@ -17,12 +17,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.errors import CorpusError, SettingsError
+from tasks.keys import has_bytes
 from tasks.params import TableSource
 from tasks.prepare import PLAIN, Preparation
 from tasks.read import ReadNotes, Wanted
+from tasks.read.arrow_files import ArrowPart
 from tasks.read.columns import Layout, layout_of
-from tasks.read.formats import ArrowPart, CsvPart, LancePart, ParquetPart, Part, reading
+from tasks.read.formats import (
+    CsvPart,
+    LancePart,
+    ParquetPart,
+    Part,
+    Place,
+    reading,
+)
 from tasks.read.json_lines import JsonPart
+from tasks.storage import is_local
 
 KINDS: dict[str, type[Part]] = {
     ".parquet": ParquetPart,
@@ -47,7 +57,7 @@ class TableReader:
 
     Attributes:
         source: Where the table is, and which columns are what.
-        skip_paths: Our own files and folders; never read.
+        skip_paths: Our own files and folders, paths or addresses; never read.
         preparation: What stands in front of the texts: the document, or metadata columns.
     """
 
@@ -56,7 +66,7 @@ class TableReader:
     def __init__(
         self,
         source: TableSource,
-        skip_paths: Iterable[Path] = (),
+        skip_paths: Iterable[str | Path] = (),
         preparation: Preparation = PLAIN,
     ) -> None:
         self.source = source
@@ -99,7 +109,7 @@ class TableReader:
 
     @cached_property
     def _parts(self) -> list[Part]:
-        return _parts(self.source, frozenset(path.resolve() for path in self.skip_paths))
+        return _parts(self.source, self.skip_paths)
 
     @cached_property
     def _layout(self) -> Layout:
@@ -117,7 +127,7 @@ class _Sift:
     without_id: list[str] = field(default_factory=list)
     count_without_id: int = 0
 
-    def chunks(self, batch: pa.RecordBatch, path: Path, row: int) -> pa.RecordBatch | None:
+    def chunks(self, batch: pa.RecordBatch, path: Place, row: int) -> pa.RecordBatch | None:
         """The chunks of `batch`, whose first row is number `row` of the file at `path`.
 
         None once a row without id was met: then the rest is only counted.
@@ -147,7 +157,7 @@ class _Sift:
                 rows=self.count_without_id,
             )
 
-    def _cast(self, batch: pa.RecordBatch, path: Path) -> pa.RecordBatch:
+    def _cast(self, batch: pa.RecordBatch, path: Place) -> pa.RecordBatch:
         """The columns of the layout, in its types; an empty document is none."""
         arrays = []
         for wish in self.layout.read:
@@ -162,7 +172,7 @@ class _Sift:
         named = pc.if_else(pa.array(_empty(documents)), none, documents)
         return rows.set_column(rows.schema.get_field_index(name), name, named)
 
-    def _check_ids(self, ids: "pa.Array[Any]", path: Path, row: int) -> None:
+    def _check_ids(self, ids: "pa.Array[Any]", path: Place, row: int) -> None:
         missing = np.flatnonzero(_empty(ids))
         self.count_without_id += len(missing)
         room = EXAMPLES - len(self.without_id)
@@ -257,9 +267,31 @@ def _not_unicode(array: "pa.Array[Any]") -> list[int]:
     return [row for row, one in enumerate(rows) if _not_unicode(one)]
 
 
-def _parts(source: TableSource, skip_paths: frozenset[Path]) -> list[Part]:
+def _parts(source: TableSource, skip_paths: Iterable[str | Path]) -> list[Part]:
     """The files of the corpus, in order; none of a folder that is empty."""
-    path = Path(source.path)
+    files: Iterable[Place]
+    if is_local(source.path):
+        own = (Path(skipped) for skipped in skip_paths if is_local(str(skipped)))
+        files = _files_at(Path(source.path), frozenset(path.resolve() for path in own))
+    else:
+        from tasks.read.bucket import files_at  # noqa: PLC0415 - only who uses it loads it
+
+        files = files_at(source.path, skip_paths)
+    parts: list[Part] = []
+    for file in files:
+        kind = _kind(file)
+        if parts and not isinstance(parts[0], kind):
+            raise SettingsError(
+                f"source.path must hold files of one kind: {parts[0].path} and {file} are of two. "
+                "Name one file, or a folder of one kind.",
+                path=source.path,
+            )
+        parts.append(kind(file, source))
+    return parts
+
+
+def _files_at(path: Path, skip_paths: frozenset[Path]) -> Iterable[Path]:
+    """The files at or below `path`, or the LanceDB table that is there."""
     if not path.exists():
         raise SettingsError(f"There is nothing at source.path: {path.absolute()}.", path=str(path))
     real = path.resolve()
@@ -269,18 +301,8 @@ def _parts(source: TableSource, skip_paths: frozenset[Path]) -> list[Part]:
             path=str(path),
         )
     if not path.is_dir() or path.suffix.lower() == ".lance":
-        return [_kind(path)(path, source)]
-    parts: list[Part] = []
-    for file in _files(path, (), skip_paths):
-        kind = _kind(file)
-        if parts and not isinstance(parts[0], kind):
-            raise SettingsError(
-                f"source.path must hold files of one kind: {parts[0].path} and {file} are of two. "
-                "Name one file, or a folder of one kind.",
-                path=str(path),
-            )
-        parts.append(kind(file, source))
-    return parts
+        return [path]
+    return _files(path, (), skip_paths)
 
 
 def _files(folder: Path, above: tuple[str, ...], skip_paths: frozenset[Path]) -> Iterator[Path]:
@@ -291,8 +313,14 @@ def _files(folder: Path, above: tuple[str, ...], skip_paths: frozenset[Path]) ->
     with reading(folder, "Make it readable."):
         entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
     for entry in entries:
-        if entry.name.startswith((".", "_")) or (skip_paths and entry.resolve() in skip_paths):
+        if entry.name.startswith((".", "_")) or Path(os.path.realpath(entry)) in skip_paths:
             continue
+        if not has_bytes(entry.name):
+            shown = os.fsencode(entry).decode(errors="replace")
+            raise SettingsError(
+                f"{shown}: this name is not UTF-8. Rename it; readers of tables take no other.",
+                path=shown,
+            )
         if not entry.is_dir():
             yield entry
         elif entry.suffix.lower() == ".lance":
@@ -303,7 +331,7 @@ def _files(folder: Path, above: tuple[str, ...], skip_paths: frozenset[Path]) ->
             yield from _files(entry, (*above, real), skip_paths)
 
 
-def _kind(path: Path) -> type[Part]:
+def _kind(path: Place) -> type[Part]:
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
         raise SettingsError(f"{path} is of no known kind. {_supported()}", path=str(path))

@@ -7,10 +7,12 @@ is taken over by a PUT on the condition that it is still the same.
 """
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -24,7 +26,7 @@ from tasks.storage import Hold, Holder, Storage, Taken, Told
 
 if TYPE_CHECKING:
     from obstore import PutMode, UpdateVersion
-    from obstore.store import ObjectStore
+    from obstore.store import ObjectStore, RetryConfig
 
 BEAT_S = 3.0
 """A holder writes its lease so often."""
@@ -32,6 +34,25 @@ LASTS_S = 15.0
 """A lease that was not written for so long has a dead holder."""
 LOOK_S = 0.5
 """Who waits looks so often."""
+RETRY: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
+"""How long a store that fails or does not answer is asked again: about a minute."""
+
+
+def open_store(uri: str) -> "ObjectStore":
+    """The store at `uri`, by the usual variables; it is not asked anything yet."""
+    return from_url(uri, retry_config=RETRY)
+
+
+def in_words(error: Exception) -> str:
+    """What a store says, and what to do about it."""
+    text = str(error)
+    said = re.search("<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)
+    first = f"{said[1]}: {said[2]}" if said else text.splitlines()[0]
+    return (
+        f"{first.rstrip(' .')}. See that the bucket is there, and that the variables of its "
+        "credentials and address (for S3 AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …) are right, then "
+        "run again."
+    )
 
 
 class Objects(Storage):
@@ -42,7 +63,7 @@ class Objects(Storage):
         self._conditional = False
         self._seen: dict[str, tuple[UpdateVersion, float]] = {}
         with self._at("reached"):
-            self._store: ObjectStore = from_url(uri)
+            self._store = open_store(uri)
 
     def write(self, name: str, data: bytes | pa.Buffer, *, durable: bool = True) -> None:  # noqa: ARG002
         """Write an object in one PUT, which is always durable."""
@@ -152,12 +173,7 @@ class Objects(Storage):
         try:
             yield
         except (BaseError, OSError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise StorageFailed(
-                f"{self.uri} cannot be {verb}: {first} See that the bucket is there, and that the "
-                "variables of its credentials and address (for S3 AWS_ACCESS_KEY_ID, "
-                "AWS_ENDPOINT_URL, …) are right, then run again."
-            ) from error
+            raise StorageFailed(f"{self.uri} cannot be {verb}: {in_words(error)}") from error
 
 
 def _version(meta: Any) -> "UpdateVersion":

@@ -251,10 +251,10 @@ def _groups(answers: Sequence[Embedded]) -> Iterator[list[str]]:
     yield group
 
 
-def bare_pass(path: Path) -> float:
-    """Seconds to do no more than read the ids and texts and hash each text; the best of PASSES."""
+def bare_pass(path: Path, passes: int = PASSES) -> float:
+    """Seconds to do no more than read ids and texts and hash each text; the best of `passes`."""
     seconds = []
-    for _ in range(PASSES):
+    for _ in range(passes):
         started = time.perf_counter()
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(ROW_GROUP, columns=["id", "text"]):
@@ -304,7 +304,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="embed-once-stages-") as name:
         folder = Path(name)
         config = config_in(folder)
-        _write_apart(before, folder / "c.parquet")
+        write_apart(before, folder / "c.parquet")
         _show("first run", run(config, "first"))
         unchanged = run(config, "second")
         _show("nothing changed", unchanged)
@@ -322,11 +322,11 @@ def main() -> None:
             f"{peak / 1e6:,.0f} MB; {seen.embedded_again} texts embedded again) and finds "
             f"{len(seen.findings)} kinds of things"
         )
-        _write_apart(touched_corpus(before), folder / "c.parquet")
+        write_apart(touched_corpus(before), folder / "c.parquet")
         _show("1 % changed, 1 % deleted, 1 % added", run(config, "third"))
 
 
-def _write_apart(corpus: Corpus, path: Path) -> None:
+def write_apart(corpus: Corpus, path: Path) -> None:
     """Write `corpus` in a process of its own, whose memory is not ours."""
     process = multiprocessing.get_context("spawn").Process(target=write_corpus, args=(corpus, path))
     process.start()

@@ -23,7 +23,8 @@ from tasks.simulator import Latency, Settings, Simulator
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 QUIET = ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
 """Chromium would call home, which not every machine lets it."""
-PATIENCE_MS = 30_000
+PATIENCE_S = 300
+"""A server whose SQLite is locked answers after a minute, and may have to be asked again."""
 ENDS = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
@@ -62,7 +63,7 @@ class Served:
             data=json.dumps(body).encode() if method == "POST" else None,
             headers={"content-type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
             said = answer.read()
         return json.loads(said) if said else None
 
@@ -71,7 +72,7 @@ class Served:
         done = subprocess.run(
             [sys.executable, "-m", "prefect", *arguments],
             cwd=self.project, env=self.environment,
-            capture_output=True, text=True, check=False, timeout=180,
+            capture_output=True, text=True, check=False, timeout=PATIENCE_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -104,7 +105,7 @@ class Served:
             found = self.run(run_id)
             return found if found["state_type"] in ENDS else None
 
-        found: dict[str, Any] = self.wait_for(finished, seconds=180)
+        found: dict[str, Any] = self.wait_for(finished)
         return found
 
     def ended(self, name: str, **parameters: Any) -> dict[str, Any]:
@@ -115,7 +116,7 @@ class Served:
         """The id of a run that waits for a person."""
         overrides = {"approve_above_usd": 1e-6, "settings": settings}
         run_id = self.begun("reindex/ad-hoc", config=str(config), overrides=overrides)
-        self.wait_for(lambda: self(f"flow_runs/{run_id}/input/filter", prefix="paused"), 180)
+        self.wait_for(lambda: self(f"flow_runs/{run_id}/input/filter", prefix="paused"))
         return run_id
 
     def answered(self, run_id: str, **answer: Any) -> Any:
@@ -132,19 +133,19 @@ class Served:
         for _ in range(5):
             page.get_by_role("button", name="Submit").click()
             with contextlib.suppress(Exception):
-                page.wait_for_url(lambda url: not url.endswith("/run"), timeout=10_000)
+                page.wait_for_url(lambda url: not url.endswith("/run"), timeout=60_000)
                 return
         raise AssertionError(page.inner_text("body"))
 
     @staticmethod
-    def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
+    def wait_for(condition: Callable[[], Any]) -> Any:
         """What `condition` returns once it holds."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             if found := condition():
                 return found
             time.sleep(0.5)
-        raise TimeoutError(f"nothing came within {seconds} s")
+        raise TimeoutError(f"nothing came within {PATIENCE_S} s")
 
 
 def answers(url: str) -> bool:
@@ -184,7 +185,7 @@ def environment(
             env={**env, **database}, stdout=log, stderr=log,
         )  # fmt: skip
     try:
-        Served.wait_for(lambda: answers(f"{env['PREFECT_API_URL']}/health"), seconds=300)
+        Served.wait_for(lambda: answers(f"{env['PREFECT_API_URL']}/health"))
         yield env
     finally:
         end(server)
@@ -291,7 +292,7 @@ def chromium() -> Iterator[Any]:
 def page(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """A fresh page; what it shows at the end is kept as a picture where SCREENSHOTS names."""
     opened = chromium.new_page(viewport={"width": 1400, "height": 1400}, color_scheme=request.param)
-    opened.set_default_timeout(PATIENCE_MS)
+    opened.set_default_timeout(60_000)
     yield opened
     if folder := os.environ.get("SCREENSHOTS"):
         name = re.sub(r"\W+", "-", request.node.name).strip("-")

@@ -72,7 +72,7 @@ def test_somebody_is_told_of_runs_that_need_a_look_and_of_no_others(
     failed = served.ended("reindex/ad-hoc", config=str(tmp_path / "none.yaml"))
     assert failed["state_name"] == "Failed"
 
-    served.wait_for(lambda: len(said) >= 2, 60)
+    served.wait_for(lambda: len(said) >= 2)
     time.sleep(5)  # nobody is told of the clean one, however late
     assert sorted(each["subject"] for each in said) == sorted(
         [

@@ -35,9 +35,7 @@ def test_a_newcomer_fills_the_form_and_starts_a_run(
     page.locator("textarea").first.fill(str(birds.config))
     served.submit(page)
     # What is published stands there a moment before the run is in the ledger.
-    (told,) = served.wait_for(
-        lambda: [run for run in birds.runs() if run["state"] != "no record"], seconds=180
-    )
+    (told,) = served.wait_for(lambda: [run for run in birds.runs() if run["state"] != "no record"])
     assert (told["state"], told["texts.embedded"]) == ("completed", birds.texts)
 
 

@@ -101,12 +101,12 @@ def test_the_smoke_deployment_passes(served: Any) -> None:
 
 def test_a_cancel_in_the_ui_keeps_what_is_paid_for(served: Any, birds: Any) -> None:
     run_id = served.begun("reindex/ad-hoc", config=str(birds.config))
-    served.wait_for(lambda: birds.totals("ok") >= 12, seconds=180)
+    served.wait_for(lambda: birds.totals("ok") >= 12)
     process = birds.flow_process()
     served(f"flow_runs/{run_id}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
-    served.wait_for(birds.runs, seconds=15)
+    served.wait_for(birds.runs)
     sent = birds.arrived
-    served.wait_for(lambda: not Path(f"/proc/{process}").exists(), seconds=15)
+    served.wait_for(lambda: not Path(f"/proc/{process}").exists())
     run = served.end_of(run_id)
     assert (run["state_type"], run["state_name"]) == ("CANCELLED", "Cancelled")
     assert birds.arrived == sent
@@ -158,9 +158,7 @@ def test_schedules_fire_and_two_of_one_index_do_not_overlap(served: Any, birds: 
         for number in range(2)
     ]
     try:
-        runs = [
-            served.wait_for(lambda id_=id_: scheduled_run(served, id_), seconds=180) for id_ in ids
-        ]
+        runs = [served.wait_for(lambda id_=id_: scheduled_run(served, id_)) for id_ in ids]
         assert [served.end_of(run)["state_name"] for run in runs] == ["Completed"] * 2
     finally:
         for id_ in ids:
@@ -238,10 +236,10 @@ def test_a_run_whose_worker_is_killed_ends_and_says_so(
     served: Any, birds: Any, doomed: "subprocess.Popen[bytes]"
 ) -> None:
     run_id = served.begun("reindex/doomed", config=str(birds.config))
-    served.wait_for(lambda: birds.totals("ok") >= 6, seconds=180)
+    served.wait_for(lambda: birds.totals("ok") >= 6)
     process = birds.flow_process()
     doomed.kill()
-    served.wait_for(lambda: not Path(f"/proc/{process}").exists(), seconds=30)
+    served.wait_for(lambda: not Path(f"/proc/{process}").exists())
     assert birds.arrived < birds.texts
     assert served.end_of(run_id)["state_type"] in {"CRASHED", "FAILED"}
     (told,) = birds.runs()
@@ -256,11 +254,11 @@ def test_after_worker_and_run_are_killed_the_next_run_takes_up_their_answers(
     served: Any, birds: Any, doomed: "subprocess.Popen[bytes]"
 ) -> None:
     run_id = served.begun("reindex/doomed", config=str(birds.config))
-    served.wait_for(lambda: birds.totals("ok") >= 6, seconds=180)
+    served.wait_for(lambda: birds.totals("ok") >= 6)
     process = birds.flow_process()
     doomed.kill()
     os.kill(process, signal.SIGKILL)
-    served.wait_for(lambda: birds.totals("calls") == birds.arrived, seconds=10)
+    served.wait_for(lambda: birds.totals("calls") == birds.arrived)
     answers = list((birds.config.parent / "state" / "runs").glob("*/answers/*.arrow"))
     birds.simulator.change(latency=Latency())
     # No wait for anything: the lock went with the process.

@@ -19,8 +19,6 @@ from tasks.params import load_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-START_S = 240
-
 
 class Up:
     """The command as a process, with a home of its own.
@@ -59,7 +57,7 @@ class Up:
         self.process.send_signal(signal.SIGINT)
         return self.ended()
 
-    def ended(self, within_s: float = 200) -> int:
+    def ended(self, within_s: float = 300) -> int:
         """The exit code, once it has ended."""
         code = self.process.wait(within_s)
         self._reading.join(10)
@@ -93,7 +91,7 @@ def served_by(up: Up, port: int, project: Path, served_class: Any) -> Iterator[A
     """The server of `up`, once it is ready."""
     api = {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
     try:
-        served_class.wait_for(lambda: up.log, START_S)
+        served_class.wait_for(lambda: up.log)
         yield served_class({**up.environment, **api}, project)
     finally:
         if up.process.poll() is None:
@@ -152,7 +150,7 @@ def test_a_newcomer_starts_a_run_in_the_browser_and_reads_its_report(up: Any, pa
         runs = up("flow_runs/filter")
         return [each for each in runs if "README.md" in str(each["parameters"].get("overrides"))]
 
-    (newest,) = up.wait_for(started, 60)
+    (newest,) = up.wait_for(started)
     ended = up.end_of(newest["id"])
     assert ended["state_name"] == "Completed", ended["state"]
     page.goto(f"{up.url}/runs/flow-run/{newest['id']}")
@@ -166,7 +164,7 @@ def test_a_second_one_uses_the_server_that_is_there_and_leaves_it(
     up: Any, start: Callable[..., Up]
 ) -> None:
     second = start("--port", str(port_of(up)), home=up.up.home)
-    up.wait_for(lambda: second.log, START_S)
+    up.wait_for(lambda: second.log)
     assert second.said[1].startswith(f"server       one answers at {up.url}/api already")
     assert second.end() == 0
     assert up("health", "GET") is True
@@ -189,7 +187,7 @@ def test_runs_are_cancelled_and_nothing_stays_behind(
         text = birds.config.read_text(encoding="utf-8")
         second.write_text(text.replace("table: birds}", "table: others}"), encoding="utf-8")
         served.begun("reindex/ad-hoc", config=str(second))
-        served.wait_for(lambda: birds.totals("ok") >= 6, 180)
+        served.wait_for(lambda: birds.totals("ok") >= 6)
         if way == "killed":
             running.process.kill()
             assert running.ended() == -signal.SIGKILL
@@ -197,7 +195,7 @@ def test_runs_are_cancelled_and_nothing_stays_behind(
             running.process.send_signal(signal.SIGINT if way == "ctrl-c" else signal.SIGTERM)
             assert running.ended() == 0
             assert running.processes() == []
-        served.wait_for(lambda: not running.processes(), 60)
+        served.wait_for(lambda: not running.processes())
     assert running.states() == ["Cancelled", "Cancelled"]
     (told,) = history(load_config(second)).to_dict("records")
     assert (told["state"], told["texts.embedded"]) == ("cancelled", birds.totals("ok"))
@@ -220,7 +218,7 @@ def test_when_a_part_of_it_dies_the_rest_ends_and_it_says_so(
         os.kill(server, signal.SIGKILL)
         assert running.ended() == 1
     assert "The Prefect server has ended by itself (exit -9). Log: " in running.said[-1]
-    served_class.wait_for(lambda: not running.processes(), 60)
+    served_class.wait_for(lambda: not running.processes())
 
 
 def serves(folder: Path, home: str) -> bool:

@@ -1,0 +1,165 @@
+"""Memory: how much of a corpus a run holds at once, and that what it frees is free at once.
+
+Texts and vectors pass through a run in pieces, whose size follows from `limits.memory_mb`. Of the
+whole corpus only keys of fixed width are held.
+"""
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+
+from tasks.errors import SettingsError
+from tasks.providers import Provider
+
+BASE_MB = 500
+"""Python, Prefect, LanceDB and their code, before there is any corpus (measured: 460)."""
+KEY_BYTES = 200
+"""What the keys of a chunk take, those of the index and of the cache among them (measured)."""
+LEAST_MB = 100
+"""Less than that for all pieces together would make calls and commits too small to be of use."""
+FEWEST_MB = 640
+"""Enough for 200,000 chunks; no limit may be less."""
+MOST_MB = 1536
+"""More would not make a run faster."""
+COPIES = 4
+"""Copies of a vector that a call holds at once: as it came, checked, in the journal, for who
+asked."""
+OVERHEAD = 1.25
+"""Beside texts and vectors a call holds a quarter more: hashes, tables, what Python adds."""
+MIB = 2**20
+
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+"""Numbers of two settings of glibc's `mallopt`, from its malloc.h."""
+_LARGE_BYTES = MIB
+_HEAPS = 2
+_READ_AHEAD_BYTES = 16 * MIB
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run holds at once, in bytes.
+
+    Attributes:
+        share: Of the most that makes a run faster, 0 to 1.
+    """
+
+    share: float = 1.0
+
+    @property
+    def flying(self) -> int:
+        """Of all calls in flight, as `estimated_bytes` counts them."""
+        return int(self.share * 512 * MIB)
+
+    @property
+    def folded(self) -> int:
+        """Vectors that go into the cache in one commit; LanceDB holds five times as much."""
+        return int(self.share * 32 * MIB)
+
+    @property
+    def written(self) -> int:
+        """Vectors that go to the index at once, each held some times over on its way."""
+        return int(self.share * 8 * MIB)
+
+
+MOST = Sizes()
+
+
+def sizes_for(memory_mb: int | None, chunks: int) -> Sizes:
+    """The sizes by which a run of so many chunks keeps to its limit.
+
+    Args:
+        memory_mb: The limit of the whole process, MiB; None: `default_mb()`.
+        chunks: Of the corpus.
+
+    Raises:
+        SettingsError: The keys of the corpus alone take more.
+    """
+    limit = default_mb() if memory_mb is None else memory_mb
+    taken = BASE_MB + KEY_BYTES * chunks / MIB
+    room = limit - taken
+    if room < LEAST_MB:
+        raise SettingsError(
+            f"limits.memory_mb: {limit:,} MiB are too little for {chunks:,} chunks: their keys, "
+            f"Python, Prefect and LanceDB take about {taken:,.0f}. Nothing was sent. Allow at "
+            f"least {taken + LEAST_MB:,.0f}."
+        )
+    return Sizes(min(1.0, room / (MOST_MB - BASE_MB)))
+
+
+def default_mb() -> int:
+    """Half of the memory of this machine, or container, MiB; MOST_MB at most."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    told = _CGROUP.read_text(encoding="ascii").strip() if _CGROUP.is_file() else "max"
+    allowed = min(pages, int(told)) if told.isdigit() else pages
+    return max(FEWEST_MB, min(MOST_MB, allowed // MIB // 2))
+
+
+def within(sizes: Sizes, provider: Provider, chunks: int, text_bytes: int) -> Provider:
+    """`provider` with calls so small that all that may be in flight at once fit.
+
+    Args:
+        sizes: Those of the run.
+        provider: By the config.
+        chunks: Of the corpus, as many as were looked at.
+        text_bytes: Of the texts of all of them.
+    """
+    limits = provider.limits
+    most = most_texts(
+        sizes.flying // limits.concurrency, chunks, text_bytes, provider.space.vector_bytes
+    )
+    if most >= limits.texts_per_request:
+        return provider
+    # Each provider is a frozen dataclass, which its protocol does not say.
+    made: Provider = replace(cast("Any", provider), limits=replace(limits, texts_per_request=most))
+    return made
+
+
+def most_texts(room_bytes: int, texts: int, characters: int, vector_bytes: int) -> int:
+    """How many of such texts, at least one, a call may hold.
+
+    Args:
+        room_bytes: For one call.
+        texts: How many there are.
+        characters: Of all of them.
+        vector_bytes: Of one vector.
+    """
+    if not texts:
+        return sys.maxsize
+    return max(1, int(room_bytes * texts / estimated_bytes(texts, characters, vector_bytes)))
+
+
+def estimated_bytes(texts: int, characters: int, vector_bytes: int) -> int:
+    """Memory that embedding takes at once.
+
+    Args:
+        texts: How many.
+        characters: Of all of them; two bytes each, between ASCII and the rest.
+        vector_bytes: Of one vector.
+    """
+    return int(OVERHEAD * (COPIES * texts * vector_bytes + 2 * COPIES * characters))
+
+
+def spare() -> None:
+    """Have this process give back what it frees, and LanceDB read ahead less, from now on.
+
+    Pieces of some megabytes are made in one thread and freed in another. The C library keeps
+    them for later, in a heap for each few threads, and so does Arrow's own allocator: a run of
+    100,000 vectors of 1,024 floats held 800 MB, and 500 with this, for 5 % more processor time.
+    Compacting 200,000 of them held 380 MB beside, and 160 with this, in the same time.
+    """
+    # LanceDB looks when it reads for the first time.
+    os.environ.setdefault("LANCE_DEFAULT_IO_BUFFER_SIZE", str(_READ_AHEAD_BYTES))
+    pa.set_memory_pool(pa.system_memory_pool())
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # another C library has no such thing
+        # Where it is not set, glibc raises it to 32 MiB as soon as a piece of that size is freed.
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        mallopt(_M_ARENA_MAX, _HEAPS)

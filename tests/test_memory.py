@@ -1,0 +1,134 @@
+"""A run keeps to its memory: what it holds at once follows from the limit, not from the corpus."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tasks.cache import caches
+from tasks.errors import SettingsError
+from tasks.form import Overrides
+from tasks.limits import Limits
+from tasks.memory import (
+    BASE_MB,
+    FEWEST_MB,
+    LEAST_MB,
+    MOST,
+    MOST_MB,
+    default_mb,
+    estimated_bytes,
+    sizes_for,
+    within,
+)
+from tasks.params import Config
+from tasks.providers.lexical import Lexical
+from tasks.survey import survey
+
+CORPUS = 12_000
+
+
+def lexical(texts: int, concurrency: int = 8) -> Lexical:
+    return Lexical(1024, Limits(None, None, texts, None, concurrency))
+
+
+def test_more_than_makes_a_run_faster_changes_nothing() -> None:
+    assert sizes_for(MOST_MB, 0) == sizes_for(100_000, 1_000_000) == MOST
+
+
+def test_less_memory_or_more_chunks_make_all_pieces_smaller() -> None:
+    whole, half = sizes_for(MOST_MB, 0), sizes_for((BASE_MB + MOST_MB) // 2, 0)
+    assert half.share == pytest.approx(whole.share / 2)
+    assert half.flying == pytest.approx(whole.flying / 2, rel=0.01)
+    assert half.folded == pytest.approx(whole.folded / 2, rel=0.01)
+    assert half.written == pytest.approx(whole.written / 2, rel=0.01)
+    assert sizes_for(MOST_MB, 2_000_000).share < whole.share
+
+
+def test_a_corpus_whose_keys_do_not_fit_is_refused_with_what_it_takes() -> None:
+    with pytest.raises(SettingsError) as refused:
+        sizes_for(800, 3_000_000)
+    said = str(refused.value)
+    assert said.startswith("limits.memory_mb: 800 MiB are too little for 3,000,000 chunks: ")
+    assert "Nothing was sent." in said
+    least = int(said.rpartition("Allow at least ")[2].rstrip(".").replace(",", ""))
+    assert sizes_for(least + 1, 3_000_000).share == pytest.approx(
+        LEAST_MB / (MOST_MB - BASE_MB), 0.02
+    )
+
+
+def test_without_a_limit_it_is_half_of_the_machine() -> None:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
+    assert FEWEST_MB <= default_mb() <= max(FEWEST_MB, min(MOST_MB, pages // 2))
+
+
+@pytest.mark.parametrize("concurrency", [1, 8, 64])
+def test_calls_in_flight_fit_together(concurrency: int) -> None:
+    sizes = sizes_for(700, 10_000)
+    provider = within(sizes, lexical(100_000, concurrency), 10_000, 10_000 * 800)
+    texts = provider.limits.texts_per_request
+    all_calls = concurrency * estimated_bytes(texts, 800 * texts, provider.space.vector_bytes)
+    assert 0.7 * sizes.flying < all_calls <= sizes.flying
+    assert within(MOST, lexical(10), 10_000, 10_000 * 800).limits.texts_per_request == 10
+    assert within(sizes, lexical(10), 0, 0).limits.texts_per_request == 10
+
+
+def test_a_plan_knows_the_smaller_calls(config: Callable[..., Config], tmp_path: Path) -> None:
+    small, large = (
+        survey(config(memory_mb), Overrides(), tmp_path / str(memory_mb))
+        for memory_mb in (640, None)
+    )
+    assert small.packed.texts == large.packed.texts
+    assert small.packed.batches > large.packed.batches
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., Config]:
+    """A corpus of many vectors, most of what a run of it holds."""
+    words = np.array([f"word{number}" for number in range(2000)])
+    drawn = np.random.default_rng(7).choice(words, (CORPUS, 30))
+    frame = pd.DataFrame(
+        {"id": [str(n) for n in range(CORPUS)], "text": [" ".join(d) for d in drawn]}
+    )
+    frame.to_parquet(tmp_path / "c.parquet")
+
+    def make(memory_mb: int | None) -> Config:
+        return Config.model_validate(
+            {
+                "name": "memory",
+                "source": {"kind": "table", "path": str(tmp_path / "c.parquet")},
+                "embedding": {"provider": "lexical", "dimension": 2048},
+                "limits": {"concurrency": 32, "memory_mb": memory_mb},
+                "index": {"uri": str(tmp_path / f"index-{memory_mb}"), "table": "t"},
+                "state": {"uri": str(tmp_path / f"state-{memory_mb}")},
+            }
+        )
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_run_keeps_to_its_limit(
+    config: Callable[..., Config], prefect_api: str, tmp_path: Path
+) -> None:
+    peaks, commits = dict[int, float](), dict[int, int]()
+    for memory_mb in (640, 1536):
+        file, report = tmp_path / f"{memory_mb}.json", tmp_path / f"report-{memory_mb}.json"
+        file.write_text(config(memory_mb).model_dump_json(exclude_none=True))
+        command = [sys.executable, "-m", "flows.cli", "reindex", str(file), "--report", str(report)]
+        environment = {**os.environ, "PREFECT_API_URL": prefect_api}
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        peaks[memory_mb] = json.loads(report.read_text())["memory"]["peak_bytes"] / 2**20
+        (cache,) = caches(str(tmp_path / f"state-{memory_mb}"))
+        table = cache.table()
+        assert table is not None
+        commits[memory_mb] = table.version
+    print(peaks, commits)
+    assert peaks[640] < 640
+    assert peaks[640] < peaks[1536]
+    assert commits[640] > 2 * commits[1536]
