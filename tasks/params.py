@@ -5,7 +5,6 @@ nearest parent of the file that holds `prefect.yaml`, else the file's own folder
 working directory never matters.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -22,6 +21,7 @@ from pydantic import (
 
 from tasks.addresses import HttpAddress, LocalPath, StoragePath, folder_or_name
 from tasks.errors import SettingsError
+from tasks.explain import explain
 from tasks.yaml_file import lay_over, read_yaml
 
 PROJECT = "prefect.yaml"
@@ -335,7 +335,7 @@ def load_config(path: str | Path, settings: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values, context={"base": project_folder(file)})
     except ValidationError as error:
-        raise SettingsError(_explain(error, file), file=str(file)) from None
+        raise SettingsError(explain(error, file, Config), file=str(file)) from None
 
 
 def engine_of(config: Engine | Mapping[str, Any] | str | Path) -> Engine:
@@ -351,7 +351,7 @@ def engine_of(config: Engine | Mapping[str, Any] | str | Path) -> Engine:
     try:
         return Engine.model_validate(dict(config))
     except ValidationError as error:
-        raise SettingsError(_explain(error, "What was given", Engine)) from None
+        raise SettingsError(explain(error, "What was given", Engine)) from None
 
 
 def project_folder(file: Path) -> Path:
@@ -362,48 +362,3 @@ def project_folder(file: Path) -> Path:
 def nearest_project(folder: Path) -> Path | None:
     """`folder`, or the nearest one above it, that holds `prefect.yaml`; None: there is none."""
     return next((each for each in (folder, *folder.parents) if (each / PROJECT).is_file()), None)
-
-
-def _explain(error: ValidationError, what: str | Path, model: type[BaseModel] = Config) -> str:
-    """All that is wrong with the config, a line each, in words."""
-    problems = error.errors(include_url=False)
-    lines = [f"  {_explain_one(dict(problem), model)}" for problem in problems]
-    return "\n".join([f"{what} is not a valid config:", *lines])
-
-
-def _explain_one(problem: dict[str, Any], model: type[BaseModel]) -> str:
-    # The tag of the source's kind stands in the location, but is no key of the file.
-    where = [str(part) for part in problem["loc"] if part not in {"files", "table"}]
-    if problem["loc"][-1:] == ("table",) and len(problem["loc"]) == 2:  # noqa: PLR2004
-        where = [str(part) for part in problem["loc"]]  # index.table
-    key = ".".join(where)
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key.{_did_you_mean(where, model)}"
-    if problem["type"] == "missing":
-        return f"{key}: missing."
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    found = problem.get("input")
-    plain = isinstance(found, str | int | float | bool) and where[-1:] != ["base_url"]
-    shown = f" (found {found!r})" if plain else ""  # an address may hold a password
-    return f"{key or 'config'}: {message}{shown}."
-
-
-def _did_you_mean(where: Sequence[str], model: type[BaseModel]) -> str:
-    """The known keys beside the unknown one, nearest first named."""
-    sections: dict[str, list[type[BaseModel]]] = {
-        "": [model],
-        "source": [FilesSource, TableSource],
-        "source.split": [Split],
-        "embedding": [Embedding],
-        "limits": [LimitSettings],
-        "runner": [Runner],
-        "budget": [BudgetSettings],
-        "index": [Index],
-        "state": [State],
-    }
-    models = sections.get(".".join(where[:-1]), [])
-    known = sorted({name for model in models for name in model.model_fields})
-    near = difflib.get_close_matches(where[-1], known, n=1)
-    if near:
-        return f" Did you mean {near[0]!r}?"
-    return f" Known here: {', '.join(known)}." if known else ""
