@@ -92,6 +92,7 @@ def test_the_kind_of_the_source_decides_its_keys(load: Load) -> None:
             "source.txt: unknown key. Did you mean 'text'?",
         ),
         ({"limits": {"teir": 1}}, "limits.teir: unknown key. Did you mean 'tier'?"),
+        ({"limits": {"memory": 900}}, "limits.memory: unknown key. Did you mean 'memory_mb'?"),
         ({"state": {"uri": "s", "zzz": 1}}, "state.zzz: unknown key. Known here: uri."),
         ({"index": {"uri": "i", "table": "t", "metrik": "l2"}}, "Did you mean 'metric'?"),
         ({"embedding": {"provider": "lexical", "dim": 64}}, "embedding.dim: unknown key."),
