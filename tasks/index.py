@@ -7,19 +7,17 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pyarrow as pa
 from lancedb.table import Table
 
 from tasks.cache import SPACE
 from tasks.errors import EmbedOnceError, IndexConflict, IndexHeld, LockLost, SettingsError
-from tasks.keys import KeySet, key_columns
+from tasks.keys import KeySet
 from tasks.lance import (
     PRIMARY_KEY,
     durable,
     open_table,
-    read_batches,
     read_where,
     reading,
     sync_table,
@@ -28,7 +26,7 @@ from tasks.params import Index
 from tasks.prepare import taken_apart
 from tasks.progress import tell_waiting
 from tasks.providers import Space
-from tasks.schemas import INDEXED, TableRef, metadata_fields, rows_schema
+from tasks.schemas import rows_schema
 from tasks.storage import Holder, Taken, storage_at
 
 FORMAT = b"embed_once.format"
@@ -150,20 +148,6 @@ def reading_index(table: Table) -> AbstractContextManager[None]:
         f"the index {table.name!r}",
         "move that folder aside and run `embed-once reindex`: what the cache holds costs nothing.",
     )
-
-
-def scan(table: Table | None, target: Path) -> TableRef:
-    """The rows of the index as INDEXED; none where there is no index yet."""
-    return TableRef.write(target, INDEXED, [] if table is None else _indexed(table))
-
-
-def _indexed(table: Table) -> Iterator[pa.RecordBatch]:
-    metadata = [field.name for field in metadata_fields(table.schema)]
-    kept = ["id", "document", "text_hash", "start_line", "end_line"]
-    with reading_index(table):
-        for batch in read_batches(table, SCAN_ROWS, [*kept, *metadata]):
-            columns = {**key_columns(batch), **{name: batch.column(name) for name in kept}}
-            yield pa.record_batch([columns[name] for name in INDEXED.names], schema=INDEXED)
 
 
 def generations(table: Table) -> list[Generation]:

@@ -21,7 +21,7 @@ from tasks.errors import SettingsError, StorageFailed
 from tasks.fill import Filled
 from tasks.fingerprint import Keyed, fingerprint
 from tasks.form import Overrides
-from tasks.index import Identity, generations, identity_of, open_index, require_space, scan
+from tasks.index import Identity, generations, identity_of, open_index, require_space
 from tasks.journal import unfolded_hashes
 from tasks.keys import hash_column
 from tasks.lookup import LookedUp, lookup
@@ -36,6 +36,7 @@ from tasks.quarantine import Quarantine
 from tasks.read import Reader
 from tasks.read.files import FilesReader
 from tasks.read.tables import TableReader
+from tasks.scan import scan, scan_unless_known
 from tasks.schemas import CHANGES, DELETIONS, HASH, TableRef, metadata_fields
 from tasks.stamps import FirstPass, kept_stamps, made_by
 from tasks.storage import is_local, storage_at
@@ -56,6 +57,7 @@ class Survey:
     quarantine: Quarantine
     keyed: Keyed
     indexed: TableRef
+    indexed_version: int
     compared: Compared
     looked_up: LookedUp
     packed: Packed
@@ -69,16 +71,14 @@ class Survey:
         return pa.concat_arrays([self.looked_up.quarantined, hashes])
 
 
-def survey(
-    config: Config, overrides: Overrides, folder: Path, *, all_files: bool = False
-) -> Survey:
+def survey(config: Config, overrides: Overrides, folder: Path, *, anew: bool = False) -> Survey:
     """Read, fingerprint, compare, look up and pack; nothing is sent or published.
 
     Args:
         config: Which corpus, which index.
         overrides: What this run does otherwise.
         folder: Staging folder for the tables between the stages.
-        all_files: Read every file, whatever is known of it.
+        anew: Read every file and every row of the index, whatever is known of them.
 
     Raises:
         SettingsError: The config does not fit the corpus, the model or the index.
@@ -92,12 +92,13 @@ def survey(
     if table is not None:
         require_space(table, config.index, identity.space)
 
-    first_pass = None if all_files else _first_pass(config, overrides, reader, provider, table)
+    first_pass = None if anew else _first_pass(config, overrides, reader, provider, table)
     keyed = fingerprint(reader, provider.estimate, folder / "keyed.arrow", first_pass)
     sizes = sizes_for(config.limits.memory_mb, keyed.table.rows)
     provider = within(sizes, provider, keyed.chunks_read, keyed.text_bytes)
     compare_started = time.perf_counter()
-    indexed = scan(table, folder / "indexed.arrow")
+    target = folder / "indexed.arrow"
+    indexed = scan(table, target) if anew else scan_unless_known(config, table, target)
     notes = keyed.notes
     held = Held(tuple(notes.unread), overrides.narrow or None, tuple(notes.unread_ids))
     same_columns = table is None or _by_name(metadata_fields(table.schema)) == _by_name(
@@ -133,6 +134,7 @@ def survey(
         quarantine=quarantine,
         keyed=keyed,
         indexed=indexed,
+        indexed_version=0 if table is None else table.version,
         compared=compared,
         looked_up=looked_up,
         packed=packed,

@@ -207,7 +207,7 @@ def look(config: Config, staging: Path, sample: int | None, folder: RunFolder | 
         with reading_index(table):
             seen.rows = Rows.of(table, provider.space, entries, provider.preparation)
     if whole:
-        seen.differences = _differences(seen, survey(config, Overrides(), staging, all_files=True))
+        seen.differences = _differences(seen, survey(config, Overrides(), staging, anew=True))
     if seen.rows is not None:
         asking = Asking(
             config,

@@ -28,17 +28,15 @@ from tasks.index import (
     identity_of,
     open_index,
     require_space,
-    scan,
     tag_generation,
     unadopted,
     vectors_of,
 )
-from tasks.keys import NO_DOCUMENT, digest, document_key, hash_column, text_hash
+from tasks.keys import hash_column, text_hash
 from tasks.params import Index
 from tasks.progress import listening
 from tasks.providers import Space
 from tasks.providers.lexical import Lexical
-from tasks.schemas import INDEXED
 
 ROOT = Path(__file__).parents[1]
 LANG = pa.field("lang", pa.utf8())
@@ -83,11 +81,10 @@ def add(index: Index, identity: Identity, lexical: Lexical) -> Add:
     return write
 
 
-def test_where_nothing_was_published_there_is_no_index(index: Index, tmp_path: Path) -> None:
+def test_where_nothing_was_published_there_is_no_index(index: Index) -> None:
     assert open_index(index) is None
     assert not Path(index.uri).exists()
     adopt(index)
-    assert scan(None, tmp_path / "scan.arrow").load(INDEXED).num_rows == 0
 
 
 def test_an_index_names_its_space_and_splitter(index: Index, add: Add, identity: Identity) -> None:
@@ -149,26 +146,6 @@ def test_vectors_of_another_space_are_refused(index: Index, add: Add, lexical: L
     ):
         with pytest.raises(IndexConflict, match="name another table"):
             require_space(table, index, other)
-
-
-def test_a_scan_keys_the_index_like_the_corpus(add: Add, tmp_path: Path) -> None:
-    add("alpha")
-    found = scan(add("beta", document=None), tmp_path / "scan.arrow").load(INDEXED).to_pylist()
-    assert {row["id"]: row["document_key"] for row in found} == {
-        "alpha": document_key("d"),
-        "beta": NO_DOCUMENT,
-    }
-    for row in found:
-        assert row["key"] == digest(row["id"].encode())
-        assert row["text_hash"] == text_hash(row["id"])
-        assert (row["start_line"], row["end_line"]) == (1, None)
-    assert len({row["row_hash"] for row in found}) == 2
-
-
-def test_a_scan_leaves_no_row_out(add: Add, tmp_path: Path) -> None:
-    texts = [f"word{number}" for number in range(9000)]
-    found = scan(add(*texts), tmp_path / "scan.arrow").load(INDEXED)
-    assert sorted(found.column("id").to_pylist()) == sorted(texts)
 
 
 def test_the_index_gives_back_the_vectors_it_holds(

@@ -30,7 +30,7 @@ from tasks.embed import Embedded, embed_batch
 from tasks.fill import Filled, Filling
 from tasks.fingerprint import fingerprint
 from tasks.form import Overrides
-from tasks.index import Identity, open_index, scan
+from tasks.index import Identity, open_index
 from tasks.journal import RunFolder, fold, unfolded_hashes
 from tasks.lookup import lookup
 from tasks.pack import pack
@@ -38,6 +38,7 @@ from tasks.params import Config
 from tasks.providers.opening import open_embedder
 from tasks.publish import publish
 from tasks.run import peak_bytes
+from tasks.scan import scan
 from tasks.schemas import HASH, Batch, TableRef
 from tasks.sender import Terms, sender_of
 from tasks.storage import storage_at
