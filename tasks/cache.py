@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import lancedb
 import numpy as np
@@ -42,6 +43,13 @@ REMEMBERED_AT = pa.field("remembered_at", pa.timestamp("ms", "UTC"))
 PREFIX = "vectors-"
 
 
+class _Entries(NamedTuple):
+    """What a cache held when it was last looked at: text_hash, and the row of each."""
+
+    keys: KeySet
+    row_ids: npt.NDArray[np.uint64]
+
+
 class Cache:
     """Vectors of one space. While one thread remembers, others may refresh and ask."""
 
@@ -50,15 +58,13 @@ class Cache:
         self.name = f"{PREFIX}{space.id}"
         self._uri = state_uri
         self._table: Table | None = None
-        self._hashes = pa.array([], HASH)
-        self._row_ids: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
-        self._keys = KeySet(self._hashes)
+        self._entries = _Entries(KeySet(pa.array([], HASH)), np.empty(0, np.uint64))
         self._version = 0
+        self._looked = False
         self._refreshing = threading.Lock()
-        self.refresh()
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._known.keys)
 
     def refresh(self) -> None:
         """Take up what other runs have added.
@@ -69,6 +75,7 @@ class Cache:
         with self._refreshing:
             if self._table is None:
                 self._table = open_table(self._uri, self.name)
+            self._looked = True
             if self._table is None:
                 return
             with self._reading(self._table):
@@ -79,13 +86,14 @@ class Cache:
                 query = self._table.search().select(["text_hash"]).with_row_id(True)
                 found = query.to_arrow()
             self._version = version
-            self._hashes = found.column("text_hash").combine_chunks()
-            self._row_ids = found.column("_rowid").to_numpy()
-            self._keys = KeySet(self._hashes)
+            keys = KeySet(found.column("text_hash"))
+            self._entries = _Entries(keys, found.column("_rowid").to_numpy())
 
     def holds(self, hashes: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
         """For each text_hash whether its vector is here."""
-        return self._keys.holds(hashes)
+        if not len(hashes):  # nor is anything read
+            return np.zeros(0, dtype=bool)
+        return self._known.keys.holds(hashes)
 
     def require(self, hashes: pa.Array | pa.ChunkedArray) -> None:
         """Check that the vector of each text_hash is here, or came from another run by now.
@@ -110,45 +118,46 @@ class Cache:
             EmbedOnceError: One of them is not here.
         """
         self.require(hashes)
-        at = self._keys.positions(hashes)
-        if self._table is None or not len(at):
+        entries = self._entries
+        at = entries.keys.positions(hashes)
+        if not len(at):
             return pa.array([], self.space.vector_type)
-        found = self.take(self._row_ids[at])
+        found = self.take(entries.row_ids[at])
         place = KeySet(found.column("text_hash")).positions(hashes)
         return found.column("vector").combine_chunks().take(pa.array(place))
 
     def take(self, row_ids: npt.NDArray[np.uint64]) -> pa.Table:
         """text_hash, vector and _rowid of the entries in these rows of the table, each once."""
-        if self._table is None:
+        if (table := self._opened) is None:
             raise LookupError(f"{self.name} has no rows to take")
-        query = self._table.take_row_ids(np.unique(row_ids).tolist())
-        with self._reading(self._table):
+        query = table.take_row_ids(np.unique(row_ids).tolist())
+        with self._reading(table):
             return query.select(["text_hash", "vector"]).with_row_id().to_arrow()
 
     @property
     def fits(self) -> bool:
         """Whether the table is one for vectors of this space, by its own word and type."""
-        if self._table is None:
+        if (table := self._opened) is None:
             return True
-        schema = self._table.schema
+        schema = table.schema
         said = (schema.metadata or {}).get(SPACE, b"").decode()
         fits = schema.field("vector").type == self.space.vector_type
         return bool(fits and said == self.space.to_json())
 
     def entries(self) -> Iterator[pa.RecordBatch]:
         """All there is, a batch at a time: text_hash, _rowid, and where it `fits` the vector."""
-        if self._table is None:
+        if (table := self._opened) is None:
             return
         columns = ["text_hash", "vector"] if self.fits else ["text_hash"]
-        with self._reading(self._table):
-            yield from read_located(self._table, columns)
+        with self._reading(table):
+            yield from read_located(table, columns)
 
     def forget(self, row_ids: npt.NDArray[np.uint64], hashes: pa.Array) -> None:
         """Drop these rows of the table, which hold these text hashes; all of it if it never fits.
 
         Rows may move while a table is compacted; by their hashes no other entry goes then.
         """
-        if self._table is None:
+        if (table := self._opened) is None:
             return
         with writing(f"the cache {self.name} in {self._uri}"):
             if not self.fits:
@@ -159,7 +168,7 @@ class Cache:
                 rows = ", ".join(map(str, row_ids[start : start + ENTRIES].tolist()))
                 texts = hashes.slice(start, ENTRIES).to_pylist()
                 named = ", ".join(f"X'{each.hex()}'" for each in texts)
-                self._table.delete(f"_rowid IN ({rows}) AND text_hash IN ({named})")
+                table.delete(f"_rowid IN ({rows}) AND text_hash IN ({named})")
         self._table, self._version = None, 0
         self.refresh()
 
@@ -203,9 +212,22 @@ class Cache:
         Raises:
             EmbedOnceError: It could not be synced.
         """
-        if self._table is not None:
+        if self._opened is not None:
             with writing(self._told):
                 sync_table(self._uri, self.name, since)
+
+    @property
+    def _known(self) -> _Entries:
+        """What is here; read when it is asked for first, since many a run never does."""
+        if not self._looked:
+            self.refresh()
+        return self._entries
+
+    @property
+    def _opened(self) -> Table | None:
+        if not self._looked:
+            self.refresh()
+        return self._table
 
     def _reading(self, table: Table) -> AbstractContextManager[None]:
         return reading(

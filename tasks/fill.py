@@ -31,6 +31,7 @@ from tasks.schemas import (
     CHANGES,
     DELETIONS,
     HASH,
+    KEYED,
     LEFT_OUT,
     PACKED,
     Batch,
@@ -82,7 +83,20 @@ class Filling:
         packed: TableRef,
         sizes: Sizes,
         folder: Path,
+        rows: TableRef | None = None,
     ) -> None:
+        """Prepare it.
+
+        Args:
+            reader: The corpus.
+            changes: CHANGES.
+            deletions: DELETIONS.
+            packed: PACKED.
+            sizes: Of texts and calls.
+            folder: Staging folder.
+            rows: KEYED of a table: where its rows still stand in that order, only those that
+                changed are hashed again.
+        """
         self._reader = reader
         self._changes = changes.load(CHANGES)
         self._deletions = deletions.load(DELETIONS)
@@ -91,6 +105,7 @@ class Filling:
         missing = packed.load(PACKED)
         self._missing = KeySet(missing.column("text_hash"))
         self._sent = np.zeros(missing.num_rows, dtype=bool)
+        self._places = None if rows is None else self._places_in(rows.load(KEYED))
         self._sizes = sizes
         self._packer = Packer(sizes.request_limits())
         self._folder = folder
@@ -202,11 +217,30 @@ class Filling:
         """The rows of the corpus that the index will gain or rewrite, each once."""
         if not len(self._keys):
             return
-        documents = set(self._changes.column("document_key").unique().to_pylist())
-        changes = self._changes.select(["text_hash", "document_key"])
-        chunks = self._reader.chunks(
+        if self._places is not None:
+            yield from self._planned(_standing_at(self._places, self._chunks()))
+        if self._places is None or not self._seen.all():  # else every row is where it was
+            yield from self._planned(self._chunks())
+
+    def _places_in(self, keyed: pa.Table) -> npt.NDArray[np.bool_]:
+        """For each row that `_chunks` will give again whether it changed."""
+        again = KeySet(self._documents).holds(keyed.column("document_key"))
+        return self._keys.holds(keyed.column("key"))[again]
+
+    @property
+    def _documents(self) -> pa.Array:
+        """The keys of the documents that changed."""
+        return self._changes.column("document_key").unique()
+
+    def _chunks(self) -> Iterator[pa.RecordBatch]:
+        documents = set(self._documents.to_pylist())
+        return self._reader.chunks(
             ReadNotes(), wanted=lambda document: document_key(document) in documents
         )
+
+    def _planned(self, chunks: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Those of `chunks` that are as the first pass found them, each once."""
+        changes = self._changes.select(["text_hash", "document_key"])
         for rows in identified(chunks, self._reader.metadata, self._reader.preparation):
             keys = digest_column(rows.column("id"))
             at = self._keys.positions(keys)
@@ -244,6 +278,18 @@ class Filling:
         starts = np.flatnonzero(np.diff(numbers, prepend=-1))
         for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
             yield int(numbers[start]), table.slice(start, end - start)
+
+
+def _standing_at(
+    places: npt.NDArray[np.bool_], batches: Iterator[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """The rows of `batches` whose place is marked."""
+    done = 0
+    for batch in batches:
+        here = places[done : done + batch.num_rows]
+        done += batch.num_rows
+        if here.any():
+            yield batch.slice(0, len(here)).filter(pa.array(here))
 
 
 def _equal(left: pa.Array, right: pa.ChunkedArray) -> npt.NDArray[np.bool_]:

@@ -65,6 +65,11 @@ class Survey:
     compare_s: float
     lookup_s: float
 
+    @property
+    def table_rows(self) -> TableRef | None:
+        """KEYED of a table, whose rows have places; None of files."""
+        return self.keyed.table if self.config.source.kind == "table" else None
+
     def refused(self, newly: Sequence[Refused]) -> pa.Array:
         """text_hash of every text that is left out: quarantined before, or refused now."""
         hashes = hash_column([text.text_hash for text in newly])
