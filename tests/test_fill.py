@@ -243,6 +243,14 @@ def test_a_file_that_vanished_keeps_its_rows_until_the_next_run(fill: Fill) -> N
     assert found.sent == [["e"]]
 
 
+def test_rows_that_stand_elsewhere_by_now_are_found_all_the_same(fill: Fill) -> None:
+    first = [("1", "x", "a", "de"), ("2", "x", "b", "de"), ("3", None, "c", "de")]
+    for second in ([("9", None, "z", "de"), *first], first[::-1], [*first, ("9", "x", "z", "de")]):
+        found = fill(first, second)
+        assert sorted(row["id"] for row in found.rows) == ["1", "2", "3"]
+        assert found.filled.unsettled == 0
+
+
 @pytest.mark.parametrize("apart", [0, 3])
 def test_an_id_that_stands_twice_by_now_is_written_once(fill: Fill, apart: int) -> None:
     row, between = ("1", "x", "a", None), [(str(n), "x", "b", None) for n in range(2, 2 + apart)]
