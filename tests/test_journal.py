@@ -199,6 +199,7 @@ def test_no_vectors_are_asked_of_an_empty_cache_without_an_error(cache: Cache, p
 def test_a_cache_takes_up_what_another_one_added(
     tmp_path: Path, cache: Cache, paid: Paid, lexical: Lexical
 ) -> None:
+    assert cache.holds(hashes("alpha")).tolist() == [False]
     Cache(str(tmp_path), lexical.space).remember([paid("alpha")])
     assert cache.holds(hashes("alpha")).tolist() == [False]
     cache.refresh()
