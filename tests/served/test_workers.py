@@ -23,7 +23,7 @@ from tasks.form import Overrides
 from tasks.index import open_index
 from tasks.params import load_config
 from tasks.report import RunReport
-from tasks.simulator import Latency, Settings, Simulator
+from tasks.simulator import Latency, Rule, Settings, Simulator
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -200,3 +200,32 @@ def test_processes_of_a_run_share_its_limits_and_its_budget(
     totals = simulator.ledger.totals()
     assert report.texts.embedded < TEXTS
     assert (totals["distinct_texts"], totals["texts_billed_again"]) == (TEXTS, 0)
+
+
+@pytest.mark.parametrize("answer", ["comes", "hangs"])
+def test_a_cancel_waits_for_what_workers_have_in_flight_and_no_longer_than_it_may(
+    config: Path, simulator: Simulator, environment: dict[str, str], answer: str
+) -> None:
+    if answer == "hangs":
+        simulator.add(Rule(action="hang", seconds=300, requests=frozenset({20})))
+    command = ["reindex", str(config), "--set", "runner.kind=dask", "--set", "runner.processes=2"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *command],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    ledger = simulator.ledger
+    while ledger._arrivals < 24:  # noqa: SLF001 - the totals are of calls answered
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=200)[1]
+    assert (running.returncode, said.splitlines()[-1]) == (
+        130,
+        "embed-once: cancelled; what was paid for is kept, run again.",
+    )
+    sent = ledger._arrivals  # noqa: SLF001
+    assert sent < TEXTS / TEXTS_PER_REQUEST
+    report = reindex(config)
+    lost = TEXTS_PER_REQUEST * (answer == "hangs")
+    assert report.texts.embedded == TEXTS - sent * TEXTS_PER_REQUEST + lost
+    assert ledger.totals()["texts_billed_again"] <= lost
