@@ -20,6 +20,7 @@ from tasks.lance import read_batches
 from tasks.params import Config, Index
 from tasks.schemas import DELETIONS, INDEXED, TableRef, metadata_fields
 from tasks.storage import is_local, storage_at
+from tasks.storage.folder import make_folder, sync
 
 FORMAT = 1
 """Counts up whenever the same row is keyed in another way."""
@@ -36,17 +37,18 @@ def scan(table: Table | None, target: Path) -> TableRef:
 
 def scan_unless_known(config: Config, table: Table | None, target: Path) -> TableRef:
     """The same, not read where they are known from the last run."""
+    # What a plan before the approval left here may be the kept file itself, by another name.
+    target.unlink(missing_ok=True)
     if table is None or not _is_kept(config):
         return scan(table, target)
-    kept = Path(config.state.uri) / _name(config.index, table)
     try:
         # The next run may drop it meanwhile: what is linked stays.
-        os.link(kept, target)
+        os.link(Path(config.state.uri) / _name(config.index, table), target)
         known = TableRef.of(target)
         if known.rows == table.count_rows() and known.schema().equals(INDEXED):
             return known
     except FileNotFoundError:
-        pass
+        return scan(table, target)
     except (OSError, pa.ArrowException) as error:
         logger.warning("The index is read, since what was kept of it cannot be: %s", error)
     target.unlink(missing_ok=True)
@@ -82,10 +84,18 @@ def keep_scan(
                 file = file.with_name("left.arrow")
                 indexed = TableRef.write(file, INDEXED, _left(indexed, rows, deletions))
             if indexed.rows == table.count_rows():
-                storage.write(name, pa.memory_map(str(file)).read_buffer())
+                _link(file, Path(config.state.uri) / name)
         storage.delete(others - {name})
     except (StorageFailed, OSError) as error:
         logger.warning("The next run reads the index: what is known of it is not kept: %s", error)
+
+
+def _link(staged: Path, kept: Path) -> None:
+    """Have the staged file stay: there is no second copy of it to read or write."""
+    sync(staged)
+    make_folder(kept.parent)
+    os.link(staged, kept)
+    sync(kept.parent)
 
 
 def _left(indexed: TableRef, rows: TableRef, deletions: TableRef) -> Iterator[pa.RecordBatch]:

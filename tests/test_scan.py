@@ -18,6 +18,7 @@ from tasks.params import Config
 from tasks.plan import make_plan
 from tasks.scan import scan
 from tasks.schemas import INDEXED, TableRef
+from tasks.survey import survey
 from tasks.verify import verify
 
 Rows = dict[str, tuple[str | None, str, int]]
@@ -194,6 +195,19 @@ def test_another_table_with_the_same_version_is_read(home: Home) -> None:
     assert home.readers_see() == FIRST
     home.run(other)
     assert home.readers_see() == other
+
+
+def test_a_second_look_leaves_what_is_kept_as_it_is(
+    home: Home, caplog: pytest.LogCaptureFixture
+) -> None:
+    home.run(FIRST)
+    known = home.known()
+    survey(home.config, Overrides(), home.folder / "staging")
+    home.run({**FIRST, "d": (None, "delta", 4)})
+    survey(home.config, Overrides(), home.folder / "staging")
+    assert len(home.known()) == len(known) + 1
+    assert home.known() == home.read()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None])
