@@ -67,6 +67,15 @@ def test_without_a_limit_it_is_half_of_the_machine() -> None:
     assert FEWEST_MB <= default_mb() <= max(FEWEST_MB, min(MOST_MB, pages // 2))
 
 
+def test_the_peak_is_that_of_the_process_and_not_of_who_started_it() -> None:
+    held = b"x" * 1_000_000_000
+    code = "from tasks.run import peak_bytes; print(peak_bytes())"
+    peak = int(
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout
+    )
+    assert 10_000_000 < peak < len(held)
+
+
 @pytest.mark.parametrize("concurrency", [1, 8, 64])
 def test_calls_in_flight_fit_together(concurrency: int) -> None:
     sizes = sizes_for(700, 10_000)
