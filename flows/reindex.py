@@ -45,10 +45,10 @@ from tasks.run import (
     enter,
     finished_report,
     keep_found,
+    keep_scanned,
     record_death,
     settle_quarantine,
 )
-from tasks.scan import keep_scan
 from tasks.sender import forget_sender
 from tasks.summary import headline
 from tasks.survey import Survey, require_few_leave, require_runnable, require_safe, survey
@@ -245,7 +245,7 @@ def _published(
     _close(report, folder)
     keep_found(found, filled, published)
     tidy_published(published, filled.rows.rows, found.config.index, found.cache, folder.run_id)
-    keep_scan(found.config, found.indexed, found.indexed_version, filled.rows, filled.deletions)
+    keep_scanned(found, filled)
     return report
 
 

@@ -75,19 +75,20 @@ class Cache:
         with self._refreshing:
             if self._table is None:
                 self._table = open_table(self._uri, self.name)
-            self._looked = True
             if self._table is None:
+                self._looked = True
                 return
             with self._reading(self._table):
                 self._table.checkout_latest()  # type: ignore[no-untyped-call]
                 version = self._table.version
                 if version == self._version:
+                    self._looked = True
                     return
                 query = self._table.search().select(["text_hash"]).with_row_id(True)
                 found = query.to_arrow()
-            self._version = version
             keys = KeySet(found.column("text_hash"))
             self._entries = _Entries(keys, found.column("_rowid").to_numpy())
+            self._version, self._looked = version, True
 
     def holds(self, hashes: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
         """For each text_hash whether its vector is here."""

@@ -46,6 +46,7 @@ from tasks.report import (
     ledger_row,
     place,
 )
+from tasks.scan import keep_scan
 from tasks.schemas import CHANGES, DELETIONS
 from tasks.stamps import keep_stamps
 from tasks.survey import Survey
@@ -126,6 +127,19 @@ def keep_found(survey: Survey, filled: Filled, published: Published) -> None:
         keep_stamps(survey.config, None, published.generation, published.version)
     elif keyed.fresh or published.way != "none":
         keep_stamps(survey.config, keyed.stamped, published.generation, published.version)
+
+
+def keep_scanned(survey: Survey, filled: Filled) -> None:
+    """Keep what the run knows of the index at its end, so that the next one need not read it."""
+    # A row that was held while the columns changed has no longer the values that were scanned.
+    if survey.same_columns:
+        keep_scan(
+            survey.config,
+            survey.indexed,
+            survey.indexed_version,
+            filled.rows,
+            filled.deletions,
+        )
 
 
 def settle_quarantine(

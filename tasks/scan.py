@@ -6,6 +6,7 @@ it leaves. While that is the newest, the next run does not read and hash the sam
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from datetime import UTC
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 from lancedb.table import Table
 
-from tasks.errors import StorageFailed
+from tasks.errors import EmbedOnceError
 from tasks.index import SCAN_ROWS, open_index, reading_index
 from tasks.keys import KeySet, digest, digest_column, key_columns
 from tasks.lance import read_batches
@@ -37,13 +38,14 @@ def scan(table: Table | None, target: Path) -> TableRef:
 
 def scan_unless_known(config: Config, table: Table | None, target: Path) -> TableRef:
     """The same, not read where they are known from the last run."""
-    # What a plan before the approval left here may be the kept file itself, by another name.
+    # What was scanned here before may be the kept file itself, by another name.
     target.unlink(missing_ok=True)
-    if table is None or not _is_kept(config):
+    name = None if table is None or not _is_kept(config) else _name(config.index, table)
+    if table is None or name is None:
         return scan(table, target)
     try:
         # The next run may drop it meanwhile: what is linked stays.
-        os.link(Path(config.state.uri) / _name(config.index, table), target)
+        _link(Path(config.state.uri) / name, target)
         known = TableRef.of(target)
         if known.rows == table.count_rows() and known.schema().equals(INDEXED):
             return known
@@ -70,32 +72,46 @@ def keep_scan(
         rows: `rows_schema(metadata)`: what the run has written since.
         deletions: DELETIONS: what it has deleted.
     """
-    table = open_index(config.index)
-    if table is None or not _is_kept(config):
+    if not _is_kept(config):
         return
-    wrote = bool(rows.rows or deletions.rows)
-    name = _name(config.index, table)
     try:
+        table = open_index(config.index)
+        name = None if table is None else _name(config.index, table)
+        if table is None or name is None:
+            return
         storage = storage_at(config.state.uri)
         others = set(storage.names(_folder(config.index)))
+        wrote = bool(rows.rows or deletions.rows)
         if table.version == version + wrote and name not in others:
-            file = Path(indexed.path)
             if wrote:
-                file = file.with_name("left.arrow")
-                indexed = TableRef.write(file, INDEXED, _left(indexed, rows, deletions))
+                left = Path(indexed.path).with_name("left.arrow")
+                indexed = TableRef.write(left, INDEXED, _left(indexed, rows, deletions))
             if indexed.rows == table.count_rows():
-                _link(file, Path(config.state.uri) / name)
+                _keep(Path(indexed.path), Path(config.state.uri) / name)
         storage.delete(others - {name})
-    except (StorageFailed, OSError) as error:
+    except (EmbedOnceError, RuntimeError, OSError, ValueError) as error:
         logger.warning("The next run reads the index: what is known of it is not kept: %s", error)
 
 
-def _link(staged: Path, kept: Path) -> None:
-    """Have the staged file stay: there is no second copy of it to read or write."""
-    sync(staged)
+def _keep(staged: Path, kept: Path) -> None:
+    """Have the staged file stay, durably."""
     make_folder(kept.parent)
-    os.link(staged, kept)
+    unfinished = kept.with_name("unfinished.tmp")
+    unfinished.unlink(missing_ok=True)
+    _link(staged, unfinished)
+    sync(unfinished)
+    unfinished.replace(kept)
     sync(kept.parent)
+
+
+def _link(file: Path, name: Path) -> None:
+    """Give the file another name; a copy gets it where the file system has no such thing."""
+    try:
+        os.link(file, name)
+    except FileNotFoundError:
+        raise
+    except OSError:  # it is on another disk, or somebody else's
+        shutil.copyfile(file, name)
 
 
 def _left(indexed: TableRef, rows: TableRef, deletions: TableRef) -> Iterator[pa.RecordBatch]:
@@ -132,11 +148,13 @@ def _folder(index: Index) -> str:
     return f"scans/{digest(index.place.encode()).hex()}"
 
 
-def _name(index: Index, table: Table) -> str:
-    """By number alone the version of a table that was dropped and made anew would look the same."""
-    made = next(
-        each["timestamp"].astimezone(UTC)
-        for each in table.list_versions()
-        if each["version"] == table.version
-    )
-    return f"{_folder(index)}/{FORMAT}-{table.version}-{made:%Y%m%dT%H%M%S%f}.arrow"
+def _name(index: Index, table: Table) -> str | None:
+    """By number alone the version of a table that was dropped and made anew would look the same.
+
+    None where another run has tidied this version away meanwhile.
+    """
+    for each in table.list_versions():
+        if each["version"] == table.version:
+            made = each["timestamp"].astimezone(UTC)
+            return f"{_folder(index)}/{FORMAT}-{table.version}-{made:%Y%m%dT%H%M%S%f}.arrow"
+    return None

@@ -25,7 +25,7 @@ from tasks.index import Identity, generations, identity_of, open_index, require_
 from tasks.journal import unfolded_hashes
 from tasks.keys import hash_column
 from tasks.lookup import LookedUp, lookup
-from tasks.memory import Sizes, sizes_for, within
+from tasks.memory import MOST, Sizes, sizes_for, within
 from tasks.notes import Refused
 from tasks.pack import Packed, pack
 from tasks.params import Config, FilesSource
@@ -58,6 +58,7 @@ class Survey:
     keyed: Keyed
     indexed: TableRef
     indexed_version: int
+    same_columns: bool
     compared: Compared
     looked_up: LookedUp
     packed: Packed
@@ -83,7 +84,8 @@ def survey(config: Config, overrides: Overrides, folder: Path, *, anew: bool = F
         config: Which corpus, which index.
         overrides: What this run does otherwise.
         folder: Staging folder for the tables between the stages.
-        anew: Read every file and every row of the index, whatever is known of them.
+        anew: Read every file and every row of the index, whatever is known of them, and
+            whatever memory that takes.
 
     Raises:
         SettingsError: The config does not fit the corpus, the model or the index.
@@ -99,11 +101,13 @@ def survey(config: Config, overrides: Overrides, folder: Path, *, anew: bool = F
 
     first_pass = None if anew else _first_pass(config, overrides, reader, provider, table)
     keyed = fingerprint(reader, provider.estimate, folder / "keyed.arrow", first_pass)
-    sizes = sizes_for(config.limits.memory_mb, keyed.table.rows)
-    provider = within(sizes, provider, keyed.chunks_read, keyed.text_bytes)
     compare_started = time.perf_counter()
     target = folder / "indexed.arrow"
     indexed = scan(table, target) if anew else scan_unless_known(config, table, target)
+    sizes = MOST
+    if not anew:
+        sizes = sizes_for(config.limits.memory_mb, max(keyed.table.rows, indexed.rows))
+        provider = within(sizes, provider, keyed.chunks_read, keyed.text_bytes)
     notes = keyed.notes
     held = Held(tuple(notes.unread), overrides.narrow or None, tuple(notes.unread_ids))
     same_columns = table is None or _by_name(metadata_fields(table.schema)) == _by_name(
@@ -140,6 +144,7 @@ def survey(config: Config, overrides: Overrides, folder: Path, *, anew: bool = F
         keyed=keyed,
         indexed=indexed,
         indexed_version=0 if table is None else table.version,
+        same_columns=same_columns,
         compared=compared,
         looked_up=looked_up,
         packed=packed,

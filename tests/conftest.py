@@ -35,8 +35,7 @@ from tasks.providers.lexical import Lexical
 from tasks.publish import Published, publish, tidy_published
 from tasks.read import ReadNotes, Wanted
 from tasks.recover import Recovered, recover
-from tasks.run import keep_found
-from tasks.scan import keep_scan
+from tasks.run import keep_found, keep_scanned
 from tasks.schemas import BATCH, CHUNKS, TableRef, vectors_schema
 from tasks.sender import Terms, forget_sender, sender_of
 from tasks.survey import Survey, require_safe, survey
@@ -309,7 +308,7 @@ def reindex() -> Callable[..., Ran]:
             folder.forget_notes()
             keep_found(found, filled, published)
             tidy_published(published, filled.rows.rows, config.index, found.cache, folder.run_id)
-            keep_scan(config, found.indexed, found.indexed_version, filled.rows, filled.deletions)
+            keep_scanned(found, filled)
         return Ran(found, published, sent, recovered, calls)
 
     return run

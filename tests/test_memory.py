@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
+import tasks.memory
 from tasks.cache import caches
 from tasks.errors import SettingsError
 from tasks.form import Overrides
@@ -74,6 +76,33 @@ def test_the_peak_is_that_of_the_process_and_not_of_who_started_it() -> None:
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout
     )
     assert 10_000_000 < peak < len(held)
+
+
+def test_rows_of_the_index_count_too_and_a_verify_knows_no_limit(
+    tmp_path: Path, reindex: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "docs").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "docs" / f"{name}.md").write_text(f"a text of {name}")
+    config = Config.model_validate(
+        {
+            "name": "docs",
+            "source": {"kind": "files", "path": str(tmp_path / "docs")},
+            "embedding": {"provider": "lexical", "dimension": 64},
+            "limits": {"memory_mb": MOST_MB},
+            "index": {"uri": str(tmp_path / "index"), "table": "t"},
+            "state": {"uri": str(tmp_path / "state")},
+        }
+    )
+    reindex(config)
+    monkeypatch.setattr(tasks.memory, "KEY_BYTES", 50 * 2**20)
+    narrow = survey(config, Overrides(narrow="a.md"), tmp_path / "narrow")
+    assert (narrow.keyed.table.rows, narrow.indexed.rows) == (1, 3)
+    assert narrow.sizes == sizes_for(MOST_MB, 3) != sizes_for(MOST_MB, 1)
+    monkeypatch.setattr(tasks.memory, "KEY_BYTES", 2**40)
+    with pytest.raises(SettingsError, match=r"limits\.memory_mb"):
+        survey(config, Overrides(), tmp_path / "run")
+    assert survey(config, Overrides(), tmp_path / "verify", anew=True).sizes == MOST
 
 
 @pytest.mark.parametrize("concurrency", [1, 8, 64])

@@ -1,8 +1,10 @@
 """The rows of the index as a run sees them: read, or known from the last run."""
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.form import Overrides
-from tasks.index import open_index
+from tasks.index import TAG, open_index
 from tasks.keys import NO_DOCUMENT, digest, document_key, text_hash
 from tasks.params import Config
 from tasks.plan import make_plan
-from tasks.scan import scan
+from tasks.scan import scan, scan_unless_known
 from tasks.schemas import INDEXED, TableRef
 from tasks.survey import survey
 from tasks.verify import verify
@@ -208,6 +210,57 @@ def test_a_second_look_leaves_what_is_kept_as_it_is(
     assert len(home.known()) == len(known) + 1
     assert home.known() == home.read()
     assert not caplog.records
+
+
+def test_a_row_that_was_held_while_a_column_got_another_name_is_mended_later(
+    home: Home, reindex: Callable[..., Any]
+) -> None:
+    values = home.config.model_dump()
+    del values["source"]["metadata"]
+    config = Config.model_validate(values)
+
+    def run(name: str, text: str) -> None:
+        rows = [
+            {"id": "a", "document": "d", "text": "alpha", name: "x"},
+            {"id": "b", "document": "d", "text": text, name: "y"},
+        ]
+        (home.folder / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        reindex(config)
+
+    run("author", "beta")
+    run("writer", "half of a character: \ud800")
+    run("writer", "beta")
+    table = open_index(config.index)
+    assert table is not None
+    assert {row["id"]: row["writer"] for row in table.search().to_list()} == {"a": "x", "b": "y"}
+
+
+def test_where_files_have_one_name_only_they_are_copied(
+    home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EXDEV, "another disk")
+
+    monkeypatch.setattr("os.link", refused)
+    home.run(FIRST)
+    assert home.known() == home.read()
+    home.forge()
+    assert home.run(FIRST) == "merge"
+    assert not caplog.records
+
+
+def test_a_version_that_was_tidied_away_meanwhile_is_no_fault(home: Home) -> None:
+    home.run(FIRST)
+    opened = open_index(home.config.index)
+    home.run({**FIRST, "d": (None, "delta", 4)})
+    newest = open_index(home.config.index)
+    assert opened is not None
+    assert newest is not None
+    newest.tags.delete(f"{TAG}1")
+    newest.optimize(cleanup_older_than=timedelta(milliseconds=1), delete_unverified=True)
+    assert opened.version not in [each["version"] for each in newest.list_versions()]
+    found = scan_unless_known(home.config, opened, home.folder / "scan.arrow")
+    assert found.rows == len(FIRST)
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None])

@@ -39,8 +39,7 @@ from tasks.journal import RunFolder, fold
 from tasks.params import Config
 from tasks.publish import publish
 from tasks.read.stamp import FINE_NS
-from tasks.run import keep_found
-from tasks.scan import keep_scan
+from tasks.run import keep_found, keep_scanned
 from tasks.sender import Terms, sender_of
 from tasks.survey import survey
 
@@ -96,7 +95,7 @@ def run(config: Config) -> str:
             run_id=folder.run_id,
         )
         keep_found(found, filled, published)
-        keep_scan(config, found.indexed, found.indexed_version, filled.rows, filled.deletions)
+        keep_scanned(found, filled)
         folder.forget_notes()
     return published.way
 
