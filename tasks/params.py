@@ -195,7 +195,7 @@ class Runner(Settings):
     )
     address: str | None = Field(
         default=None,
-        pattern=r"^(tcp|tls|ws|wss|ucx)://[^/\s]+$",
+        pattern=r"^(tcp|tls|ws|wss|ucx)://[^/\s]+:\d{1,5}$",
         description="Of dask: the scheduler of a cluster, tcp://host:8786.",
     )
 

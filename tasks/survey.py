@@ -40,7 +40,7 @@ from tasks.scan import scan, scan_unless_known
 from tasks.schemas import CHANGES, DELETIONS, HASH, TableRef, metadata_fields
 from tasks.stamps import FirstPass, kept_stamps, made_by
 from tasks.storage import is_local, storage_at
-from tasks.workers import require_dask
+from tasks.workers import on_workers, require_dask
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def survey(config: Config, overrides: Overrides, folder: Path, *, anew: bool = F
         CorpusError: The corpus holds what no index can hold.
     """
     facts = facts_for(config.embedding)
-    provider = open_provider(config)
+    provider = on_workers(config, open_provider(config))
     reader = open_reader(config, overrides)
     identity = Identity(provider.space, reader.splitter)
     table = open_index(config.index)

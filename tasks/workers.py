@@ -5,6 +5,7 @@ journal before anything else happens. Limits, budget, claims and retries stay wi
 process. So a worker holds nothing that others would have to share, or that is lost with it.
 """
 
+import asyncio
 import math
 import os
 import threading
@@ -12,17 +13,22 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any, cast
 
-from tasks.errors import EmbedOnceError, ProviderBusy, SettingsError
-from tasks.limits import Limits
+from tasks.errors import EmbedOnceError, ProviderBusy, ProviderDenied, SettingsError
 from tasks.params import Config, Runner
 from tasks.providers import Answer, Provider
 
+RELEASE = version("embed-once")
+"""Of this process."""
 WORKERS_S = 60
 """So long a cluster may be without any worker."""
 ANSWER_S = 10
 """So long a scheduler may take to answer."""
+
+_PREPARED = set[str]()
+"""In a worker: the spaces that it is ready for."""
 
 
 def require_dask(runner: Runner) -> None:
@@ -42,6 +48,19 @@ def require_dask(runner: Runner) -> None:
         ) from None
 
 
+def on_workers(config: Config, provider: Provider) -> Provider:
+    """`provider` with as many calls at once as all workers together may make.
+
+    A model on this machine is served one call after another; with workers there are several.
+    """
+    if config.runner.kind == "threads":
+        return provider
+    limits = replace(provider.limits, concurrency=config.limits.concurrency)
+    # Each provider is a frozen dataclass, which its protocol does not say.
+    made: Provider = replace(cast("Any", provider), limits=limits)
+    return made
+
+
 @contextmanager
 def workers_of(config: Config, provider: Provider, *, needed: bool) -> Iterator[Provider]:
     """`provider`, with its calls made where the config says, as long as the block lasts.
@@ -59,15 +78,17 @@ def workers_of(config: Config, provider: Provider, *, needed: bool) -> Iterator[
         return
     with _client(config) as client:
         try:
-            client.run(_prepared, provider)
+            client.run(_all_prepared, provider, RELEASE)
+            # By way of the scheduler, as the calls go: it reads them too.
+            client.submit(_prepare, provider, RELEASE, pure=False).result(timeout=WORKERS_S)
         except EmbedOnceError:
             raise
         except Exception as error:
             raise SettingsError(
-                f"runner: a worker of Dask cannot embed ({type(error).__name__}: {error}). It "
-                "needs the same Python, packages and version of embed-once as the run."
+                f"runner: Dask cannot embed ({type(error).__name__}: {error}). Its scheduler and "
+                "each worker need the same Python, packages and version of embed-once as the run."
             ) from error
-        yield cast("Provider", _ByDask(provider, config.limits.concurrency, client))
+        yield cast("Provider", _ByDask(provider, client))
 
 
 def dask_setup(_worker: Any) -> None:
@@ -83,17 +104,14 @@ class _ByDask:
 
     Args:
         provider: Which.
-        concurrency: Most calls in flight, over all workers.
         client: Of their scheduler.
     """
 
-    def __init__(self, provider: Provider, concurrency: int, client: Any) -> None:
+    def __init__(self, provider: Provider, client: Any) -> None:
         self._provider = provider
         self._client = client
         self._in_flight = set[Any]()
         self._lock = threading.Lock()
-        # A model on this machine is served one call after another; here there are several.
-        self.limits: Limits = replace(provider.limits, concurrency=concurrency)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._provider, name)
@@ -102,11 +120,18 @@ class _ByDask:
         """Nothing here: the workers have."""
 
     def embed(self, texts: Sequence[str]) -> Answer:
-        """As the provider does, and `ProviderBusy` where no worker lived to answer."""
+        """As the provider does.
+
+        Raises:
+            ProviderBusy: No worker lived to answer.
+            ProviderDenied: There is no scheduler any more.
+        """
         from distributed import KilledWorker  # noqa: PLC0415 - an optional extra
         from distributed.comm import CommClosedError  # noqa: PLC0415
 
-        future = self._client.submit(_embedded, self._provider, list(texts), pure=False)
+        with _scheduler_there():
+            call = (_embedded, self._provider, list(texts), RELEASE)
+            future = self._client.submit(*call, pure=False)
         with self._lock:
             self._in_flight.add(future)
         try:
@@ -137,24 +162,57 @@ class _ByDask:
             try:
                 return cast("Answer", future.result(timeout=WORKERS_S))
             except TimeoutError as late:
-                if future.done():  # it is the call's own
-                    raise
-                if not self._client.nthreads():
+                if future.done():  # just now, or the error is the call's own
+                    return cast("Answer", future.result())
+                with _scheduler_there():
+                    workers = self._client.nthreads()
+                if not workers:
                     raise ProviderBusy(
                         f"Dask has had no worker for {WORKERS_S} s.", retry_after=None
                     ) from late
 
 
-def _embedded(provider: Provider, texts: list[str]) -> Answer:
+@contextmanager
+def _scheduler_there() -> Iterator[None]:
+    """Tell of a scheduler that is gone; its client stays closed, even if it comes back."""
+    from distributed.client import ClosedClientError  # noqa: PLC0415 - an optional extra
+    from distributed.comm import CommClosedError  # noqa: PLC0415
+
+    try:
+        yield
+    except (ClosedClientError, CommClosedError, OSError) as error:
+        raise ProviderDenied(
+            f"The scheduler of Dask is gone ({type(error).__name__}: {error}). What was paid for "
+            "is kept; start it, then run again."
+        ) from error
+
+
+def _embedded(provider: Provider, texts: list[str], release: str) -> Answer:
     """In a worker: one call."""
-    provider.prepare()  # for one that came later
+    _prepare(provider, release)  # for one that came later
     return provider.embed(texts)
 
 
-def _prepared(provider: Provider) -> None:
-    """In a worker: see that it can embed."""
-    provider.require()
-    provider.prepare()
+async def _all_prepared(provider: Provider, release: str) -> None:
+    """In each worker, beside its loop: a model may take minutes to load."""
+    await asyncio.to_thread(_prepare, provider, release)
+
+
+def _prepare(provider: Provider, release: str) -> None:
+    """In a worker, once: see that it embeds as the run itself would.
+
+    Raises:
+        SettingsError: It cannot, or is of another release of embed-once.
+    """
+    if release != RELEASE:
+        raise SettingsError(
+            f"runner: a worker of Dask has embed-once {RELEASE}, the run {release}. Their vectors "
+            "might differ: install the same there."
+        )
+    if provider.space.id not in _PREPARED:
+        provider.require()
+        provider.prepare()
+        _PREPARED.add(provider.space.id)
 
 
 @contextmanager
@@ -168,7 +226,7 @@ def _client(config: Config) -> Iterator[Any]:
         where = config.runner.address or f"{config.runner.processes} processes"
         try:
             client = _connected(config, stack)
-        except (OSError, TimeoutError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise SettingsError(
                 f"runner: no workers of Dask at {where} ({type(error).__name__}: {error}). See "
                 "that its scheduler and its workers run."

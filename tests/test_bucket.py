@@ -163,6 +163,22 @@ def test_a_key_that_is_no_path_spoils_its_own_folder_only(bucket: str, odd: str)
         texts(files_reader(f"{bucket}/c/a"))
 
 
+@pytest.mark.slow
+def test_what_was_listed_of_a_folder_before_an_odd_key_is_read(bucket: str) -> None:
+    many = {f"c/x/a{number:04}.txt": str(number) for number in range(1100)}  # a page is 1,000
+    put(bucket, {**many, "c/x/b\x01.txt": "odd", "c/z.txt": "z"})
+    notes = ReadNotes()
+    read = list(texts(files_reader(f"{bucket}/c"), notes))
+    assert (read[0], read[-1], notes.unread) == ("x/a0000.txt", "z.txt", ["x/"])
+    assert len(set(read)) == len(read) > 1000
+
+
+def test_an_object_and_a_folder_of_one_name_are_read_once(bucket: str) -> None:
+    put(bucket, {"c/notes": "n", "c/notes.md": "m", "c/notes/": "", "c/notes/a": "a", "c/z": "z"})
+    read = texts(files_reader(f"{bucket}/c", include=["**"]))
+    assert read == {"notes": "n", "notes.md": "m", "notes/a": "a", "z": "z"}
+
+
 def test_our_own_places_are_not_read(bucket: str) -> None:
     put(bucket, {"c/a.txt": "a", "c/index/t.lance/x.txt": "no", "c/index-of.txt": "yes"})
     own = (f"{bucket}/c/index", f"{bucket}/c/state")

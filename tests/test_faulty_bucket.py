@@ -185,7 +185,11 @@ def test_an_object_that_is_not_given_keeps_its_rows(
 
 @pytest.mark.parametrize(
     "fault",
-    [(fault, part) for fault in ("503", "reset", "cut") for part in ("owl.md", "continuation")],
+    [
+        (fault, part)
+        for fault in ("503", "429", "401", "reset", "cut")
+        for part in ("owl.md", "continuation")
+    ],
     ids="-".join,
 )
 def test_a_store_that_fails_while_the_corpus_is_read_deletes_nothing(

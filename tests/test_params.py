@@ -55,6 +55,7 @@ def test_a_whole_config_is_taken_as_it_stands(load: Load) -> None:
         ({"kind": "dask", "processes": 2, "address": "tcp://a:1"}, "runner: dask needs either"),
         ({"processes": 2}, "runner: processes belongs to kind: dask"),
         ({"kind": "dask", "address": "a:8786"}, "runner.address: "),
+        ({"kind": "dask", "address": "tcp://a"}, "runner.address: "),
         ({"kind": "dask", "adress": "tcp://a:1"}, "Did you mean 'address'?"),
         ({"kind": "ray"}, "runner.kind: "),
     ],

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.errors import IndexHeld
 from tasks.form import Overrides
 from tasks.index import TAG, open_index
 from tasks.keys import NO_DOCUMENT, digest, document_key, text_hash
@@ -249,18 +250,19 @@ def test_where_files_have_one_name_only_they_are_copied(
     assert not caplog.records
 
 
-def test_a_version_that_was_tidied_away_meanwhile_is_no_fault(home: Home) -> None:
+def test_a_version_that_was_tidied_away_meanwhile_is_told_in_words(home: Home) -> None:
     home.run(FIRST)
     opened = open_index(home.config.index)
     home.run({**FIRST, "d": (None, "delta", 4)})
     newest = open_index(home.config.index)
     assert opened is not None
     assert newest is not None
-    newest.tags.delete(f"{TAG}1")
+    for number in (1, 2):
+        newest.tags.delete(f"{TAG}{number}")
     newest.optimize(cleanup_older_than=timedelta(milliseconds=1), delete_unverified=True)
     assert opened.version not in [each["version"] for each in newest.list_versions()]
-    found = scan_unless_known(home.config, opened, home.folder / "scan.arrow")
-    assert found.rows == len(FIRST)
+    with pytest.raises(IndexHeld, match="Another run changed the index 't'"):
+        scan_unless_known(home.config, opened, home.folder / "scan.arrow")
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None])

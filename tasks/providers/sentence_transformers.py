@@ -21,7 +21,7 @@ from tasks.limits import Learned, Limits
 from tasks.prepare import PLAIN, Preparation
 from tasks.providers import Answer, Space, Vectors
 from tasks.providers.loaded_model import Running, Setup, require_installed, running_model
-from tasks.providers.model_folder import ModelFolder
+from tasks.providers.model_folder import ModelFolder, read_model
 from tasks.providers.parts import Counts, PartFailed, Positions, encode_in_parts
 from tasks.tokens import TokenizerEstimate
 
@@ -173,11 +173,20 @@ class SentenceTransformers:
         return dataclasses.replace(self, input_type="query")
 
     def prepare(self) -> None:
-        """Load the model.
+        """Load the model and its tokenizer.
 
         Raises:
-            SettingsError: It cannot be loaded, or device, backend and precision do not go together.
+            SettingsError: They cannot be loaded, or device, backend and precision do not go
+                together; or the model's folder is not as it was, or on a worker not as with the
+                run itself.
         """
+        model = self.model
+        if not model.on_hub and read_model(model.source, self.backend).revision != model.revision:
+            raise SettingsError(
+                f"embedding.model: {model.source} holds other files here and now than when the run "
+                "began. See that it stays as it is, and is the same wherever the run embeds."
+            )
+        self.estimate.counts([""])
         self._running()
 
     def embed(self, texts: Sequence[str]) -> Answer:

@@ -22,7 +22,6 @@ from obstore.exceptions import (
     InvalidPathError,
     PermissionDeniedError,
     PreconditionError,
-    UnauthenticatedError,
 )
 
 from tasks.errors import CorpusError, SettingsError, StorageFailed
@@ -37,7 +36,9 @@ AHEAD_BYTES = 64 << 20
 RANGE_BYTES = 8 << 20
 """Bytes of a file of a table that are asked for at once."""
 
-_REFUSED = (FileNotFoundError, PermissionDeniedError, PreconditionError, UnauthenticatedError)
+_REFUSED = (FileNotFoundError, PermissionDeniedError, PreconditionError)
+_OF_THE_STORE = re.compile(r"status code: (40[18]|429)|ExpiredToken|RequestTimeout|SlowDown")
+"""Refusals that are none of one object: of who asks, or of how often."""
 
 
 class Unreadable(OSError):
@@ -88,7 +89,11 @@ class Bucket:
                 yield held
             held = None
             if not found.size and not found.name.endswith("/"):
-                held = found  # the listing does not tell the key "name/" from "name"
+                # The listing does not tell the key "name/" from "name", which comes long before.
+                held = found if found.name > last else None
+                continue
+            if found.name.endswith("/"):  # it comes after what could be listed of it
+                yield found
                 continue
             if found.name <= last:
                 raise SettingsError(
@@ -222,7 +227,8 @@ class Bucket:
         except _REFUSED as error:
             raise Unreadable(in_words(error)) from error
         except (BaseError, OSError, ValueError) as error:
-            if re.search(r"status code: 4\d\d", str(error)):
+            of_the_store = _OF_THE_STORE.search(str(error))
+            if re.search(r"status code: 4\d\d", str(error)) and not of_the_store:
                 raise Unreadable(in_words(error)) from error
             raise StorageFailed(f"{self.uri}/{name} cannot be read: {in_words(error)}") from error
 

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+import tasks.workers
 from flows.reindex import run
-from tasks.errors import BudgetReached
+from tasks.errors import BudgetReached, EmbedOnceError, SettingsError
 from tasks.form import Overrides
 from tasks.index import open_index
 from tasks.params import load_config
@@ -168,7 +169,7 @@ def test_a_worker_that_is_killed_costs_what_it_had_in_flight_and_no_more(
             time.sleep(0.02)
         victim.send_signal(signal.SIGKILL)
 
-    killing = threading.Thread(target=kill)
+    killing = threading.Thread(target=kill, daemon=True)
     killing.start()
     report = reindex(config, on(cluster))
     killing.join()
@@ -229,3 +230,33 @@ def test_a_cancel_waits_for_what_workers_have_in_flight_and_no_longer_than_it_ma
     lost = TEXTS_PER_REQUEST * (answer == "hangs")
     assert report.texts.embedded == TEXTS - sent * TEXTS_PER_REQUEST + lost
     assert ledger.totals()["texts_billed_again"] <= lost
+
+
+def test_a_worker_of_another_release_is_refused_before_anything_is_sent(
+    config: Path, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks.workers, "RELEASE", "0.0.9")
+    with pytest.raises(SettingsError, match=r"a worker of Dask has embed-once .*, the run 0\.0\.9"):
+        reindex(config, "runner.kind=dask", "runner.processes=1")
+    assert simulator.ledger.totals()["calls"] == 0
+
+
+def test_a_scheduler_that_ends_ends_the_run_and_the_next_one_pays_for_the_rest(
+    config: Path, simulator: Simulator, tmp_path: Path
+) -> None:
+    doomed = Cluster(tmp_path)
+
+    def kill() -> None:
+        while simulator.ledger.totals()["ok"] < TEXTS / TEXTS_PER_REQUEST / 4:
+            time.sleep(0.02)
+        doomed.end()
+
+    killing = threading.Thread(target=kill, daemon=True)
+    killing.start()
+    with pytest.raises(EmbedOnceError, match=r"The scheduler of Dask is gone|gave the call up"):
+        reindex(config, on(doomed))
+    killing.join()
+    reindex(config)
+    totals = simulator.ledger.totals()
+    assert totals["distinct_texts"] == TEXTS
+    assert totals["texts_billed_again"] <= CONCURRENCY * TEXTS_PER_REQUEST
