@@ -12,8 +12,10 @@ import resource
 import tempfile
 from pathlib import Path
 
+from account import simulator
+
 from flows.prefect_server import have_server
-from tasks.simulator import Latency, Settings, Simulator
+from tasks.simulator import Latency
 
 TEXTS_PER_REQUEST = 200
 CONCURRENCY = 8
@@ -40,6 +42,7 @@ def main() -> None:
     from flows.reindex import run  # noqa: PLC0415 - with the server there
 
     ways = {
+        "warm-up": "{kind: threads}",  # which imports, and is left out
         "threads": "{kind: threads}",
         "dask": f"{{kind: dask, processes: {given.processes}}}",
     }
@@ -47,20 +50,20 @@ def main() -> None:
     print(
         f"{given.calls} calls of {TEXTS_PER_REQUEST} texts, {given.latency} s each: {bound:.1f} s"
     )
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Simulator(Settings(latency=Latency(base_s=given.latency))) as simulator,
-    ):
+    latency = Latency(base_s=given.latency).model_dump()
+    with tempfile.TemporaryDirectory() as folder, simulator(latency=latency) as address:
         texts = (f"chunk {number} " * 50 for number in range(given.calls * TEXTS_PER_REQUEST))
         rows = ({"id": str(number), "text": text} for number, text in enumerate(texts))
         (Path(folder) / "chunks.jsonl").write_text("\n".join(map(json.dumps, rows)))
         for name, runner in ways.items():
             file = Path(folder) / f"{name}.yaml"
-            values = {"url": simulator.base_url, "name": name, "runner": runner}
+            values = {"url": address, "name": name, "runner": runner}
             values |= {"texts": str(TEXTS_PER_REQUEST), "concurrency": str(CONCURRENCY)}
             file.write_text(CONFIG.format(**values), encoding="utf-8")
             before = resource.getrusage(resource.RUSAGE_SELF)
             report = run(str(file))
+            if name == "warm-up":
+                continue
             after = resource.getrusage(resource.RUSAGE_SELF)
             spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
             # From the first call on: workers take seconds to start, once a run.
