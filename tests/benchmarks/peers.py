@@ -10,7 +10,8 @@ with an index of its own:
 
 - by hand: `by_hand.py`, the fastest script we could write.
 - embed-once: the command, with a Prefect server that runs already; "alone", it starts its own.
-- empty flow: `empty_flow.py`, what Prefect takes for such a run (tasks, artifacts, states).
+- empty flow: `empty_flow.py`, what Prefect takes for such a run (tasks, artifacts, states). It is
+  subtracted with the start of Python in it, a few hundredths of a second, which by hand keeps.
 - LangChain: `langchain_index.py`.
 
 Seconds of processor time are those of the process and what it starts, its own Prefect server
