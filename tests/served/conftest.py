@@ -47,14 +47,15 @@ class Served:
 
     def __call__(self, path: str, method: str = "POST", /, **body: Any) -> Any:
         """What its API answers."""
-        for _ in range(10):
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
             try:
                 return self._asked(path, method, body)
             except urllib.error.HTTPError as busy:
-                if busy.code != 503:  # SQLite was locked: clients ask again
+                # SQLite was locked: clients ask again.
+                if busy.code != 503 or time.monotonic() > deadline:
                     raise
                 time.sleep(1)
-        return self._asked(path, method, body)
 
     def _asked(self, path: str, method: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(  # noqa: S310
