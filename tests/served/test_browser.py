@@ -53,11 +53,12 @@ def test_a_paused_run_is_answered_in_a_form(
     else:
         page.get_by_role("button", name="Resume").first.click()
     form = page.get_by_role("dialog")
-    form.get_by_text("This run would cost about $0.0000").wait_for()
+    for told in ("This run would cost about $0.0000", "Decision", "Maximum price"):
+        form.get_by_text(told).first.wait_for()
+    form.get_by_text("approve: the plan is made anew").wait_for()
     said = form.inner_text()
     assert f"{birds.texts} texts to embed" in said
     assert said.index("Decision") < said.index("Maximum price")
-    form.get_by_text("approve: the plan is made anew").wait_for()
     choose(page, form, ui, decision)
     form.get_by_role("button", name="Resume" if ui else "Submit").click()
     ended = served.end_of(run_id)
