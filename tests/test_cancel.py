@@ -260,7 +260,7 @@ def test_a_signal_cancels_and_the_next_run_pays_for_the_rest(home: Home, number:
     said = process.communicate(timeout=120)[1]
     assert said == "embed-once: cancelled; what was paid for is kept, run again.\n"
     assert process.returncode == 130
-    assert time.monotonic() - signalled < 60
+    assert time.monotonic() - signalled < 19  # as long as it would wait for one that does not come
     assert home.calls == sent
     (run,) = home.runs()
     assert (run["state"], run["texts.embedded"], run["published"]) == ("cancelled", sent, "none")
@@ -295,7 +295,7 @@ def test_an_answer_that_does_not_come_holds_nobody_longer_than_prefect_allows(ho
     signalled = time.monotonic()
     process.communicate(timeout=120)
     assert process.returncode == 130
-    assert 19 < time.monotonic() - signalled < 80  # the answer would come after 100 s
+    assert 19 < time.monotonic() - signalled < 28
     (run,) = home.runs()
     assert (run["state"], run["texts.embedded"]) == ("cancelled", home.calls - 1)
     assert (run["calls.ok"], run["calls.failed"]) == (home.calls - 1, 1)
@@ -317,7 +317,7 @@ def test_a_second_ctrl_c_ends_at_once_and_loses_nothing(home: Home) -> None:
     said = process.communicate(timeout=120)[1]
     assert said == "embed-once: ended at once; what was paid for is kept, run again.\n"
     assert process.returncode == 130
-    assert time.monotonic() - pressed < 50  # the answers would come after 60 s
+    assert time.monotonic() - pressed < 15  # the first one alone waits for 20 s
     ok, flown = len(home.noted()), home.calls
     again = home.goes_on()
     assert [run["state"] for run in home.runs()] == ["died", "completed"]
@@ -333,7 +333,7 @@ def test_who_waits_for_a_limit_or_a_retry_ends_at_once(home: Home) -> None:
     process.send_signal(signal.SIGINT)
     signalled = time.monotonic()
     process.communicate(timeout=120)
-    assert (process.returncode, time.monotonic() - signalled < 18) == (130, True)
+    assert (process.returncode, time.monotonic() - signalled < 10) == (130, True)
 
     home.simulator.add(Rule(status=503))
     process = home.start()

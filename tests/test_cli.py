@@ -321,7 +321,7 @@ def test_ctrl_c_sends_nothing_more_and_keeps_what_comes(
     patched.delenv("VOYAGE_API_KEY")
     assert process.returncode == 130, said
     assert said == "embed-once: cancelled; what was paid for is kept, run again.\n"
-    assert time.monotonic() - pressed < 60
+    assert time.monotonic() - pressed < 15
     assert paid["calls"] <= sent + 8
     config = load_config(tmp_path / "birds.yaml", VOYAGE[1::2])
     (run,) = history(config).to_dict("records")

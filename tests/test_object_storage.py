@@ -270,7 +270,7 @@ def test_the_lease_of_a_killed_process_is_taken_over_when_its_time_has_passed(bu
         holder.wait()
         started = time.monotonic()
         with held(index, "mine"):
-            assert 10 < time.monotonic() - started < 80  # the other would have held it for 90 s
+            assert 10 < time.monotonic() - started < 25
 
 
 # Runs
