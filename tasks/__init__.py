@@ -10,3 +10,7 @@ embed         a batch                      -> an answer, durable in the journal
 publish       ROWS, the cache              -> one generation of the index
 report        what was counted             -> run report, artifacts, ledger
 """
+
+from tasks.quick import rest_client_when_asked
+
+rest_client_when_asked()  # before any module of the path imports lancedb

@@ -289,15 +289,17 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(params=["light", "dark"])
+@pytest.fixture
 def page(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A fresh page; what it shows at the end is kept as a picture where SCREENSHOTS names."""
-    opened = chromium.new_page(viewport={"width": 1400, "height": 1400}, color_scheme=request.param)
+    """A fresh page; what it shows at the end is kept in two pictures where SCREENSHOTS names."""
+    opened = chromium.new_page(viewport={"width": 1400, "height": 1400})
     opened.set_default_timeout(60_000)
     yield opened
     if folder := os.environ.get("SCREENSHOTS"):
         name = re.sub(r"\W+", "-", request.node.name).strip("-")
-        opened.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+        for scheme in ("light", "dark"):
+            opened.emulate_media(color_scheme=scheme)
+            opened.screenshot(path=Path(folder) / f"{name}-{scheme}.png", full_page=True)
     opened.close()
 
 

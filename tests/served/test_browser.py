@@ -15,7 +15,6 @@ def address(served: Any, ui: str, path: str) -> str:
 
 
 @pytest.mark.parametrize("ui", ["", "/v2"])
-@pytest.mark.parametrize("page", ["light"], indirect=True)
 def test_a_newcomer_fills_the_form_and_starts_a_run(
     served: Any, birds: Any, page: Any, ui: str
 ) -> None:
@@ -39,7 +38,6 @@ def test_a_newcomer_fills_the_form_and_starts_a_run(
     assert (told["state"], told["texts.embedded"]) == ("completed", birds.texts)
 
 
-@pytest.mark.parametrize("page", ["light"], indirect=True)
 @pytest.mark.parametrize(("ui", "decision"), [("", "approve"), ("/v2", "reject")])
 def test_a_paused_run_is_answered_in_a_form(
     served: Any, birds: Any, page: Any, ui: str, decision: str
@@ -90,6 +88,8 @@ def test_the_report_is_read_in_the_browser(served: Any, birds: Any, page: Any, u
     page.get_by_text(f"generation 1 published, {birds.texts} chunks written").first.wait_for()
     pictures = page.locator("img[src^='data:image/svg']")
     pictures.first.wait_for()
-    widths = pictures.evaluate_all("all => all.map(each => each.naturalWidth)")
-    assert len(widths) >= 2
-    assert min(widths) > 100
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        widths = pictures.evaluate_all("all => all.map(each => each.naturalWidth)")
+        assert len(widths) >= 2
+        assert min(widths) > 100
