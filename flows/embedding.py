@@ -93,7 +93,7 @@ def _embed_all(
         changes=found.compared.changes,
         deletions=found.compared.deletions,
         packed=found.packed.table,
-        rows=found.table_rows,
+        table_rows=found.table_rows,
         sizes=sender,
         folder=folder.staging,
     )

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 import lancedb
 import numpy as np
@@ -19,6 +18,7 @@ import pyarrow.compute as pc
 from lancedb.table import Table
 
 from tasks.errors import EmbedOnceError
+from tasks.key_rows import KeyRows
 from tasks.keys import KeySet, first_of_each
 from tasks.lance import (
     PRIMARY_KEY,
@@ -38,16 +38,11 @@ SPACE = b"embed_once.space"
 """Key of the space in a table's metadata."""
 ENTRIES = 8192
 """Entries dropped at a time."""
+READ_ROWS = 2**17
+"""Entries read at a time."""
 REMEMBERED_AT = pa.field("remembered_at", pa.timestamp("ms", "UTC"))
 """Column of the table: when the vector came; null where it came before the column did."""
 PREFIX = "vectors-"
-
-
-class _Entries(NamedTuple):
-    """What a cache held when it was last looked at: text_hash, and the row of each."""
-
-    keys: KeySet
-    row_ids: npt.NDArray[np.uint64]
 
 
 class Cache:
@@ -58,13 +53,14 @@ class Cache:
         self.name = f"{PREFIX}{space.id}"
         self._uri = state_uri
         self._table: Table | None = None
-        self._entries = _Entries(KeySet(pa.array([], HASH)), np.empty(0, np.uint64))
+        self._entries = KeyRows()
+        self._newest = 0
         self._version = 0
         self._looked = False
         self._refreshing = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._known.keys)
+        return len(self._known)
 
     def refresh(self) -> None:
         """Take up what other runs have added.
@@ -84,17 +80,30 @@ class Cache:
                 if version == self._version:
                     self._looked = True
                     return
-                query = self._table.search().select(["text_hash"]).with_row_id(True)
-                found = query.to_arrow()
-            keys = KeySet(found.column("text_hash"))
-            self._entries = _Entries(keys, found.column("_rowid").to_numpy())
+                self._take_up(self._table, version)
             self._version, self._looked = version, True
+
+    def _take_up(self, table: Table, version: int) -> None:
+        """Read what has come since; all of it where rows have gone or moved meanwhile."""
+        entries, newest = self._entries, self._newest
+        query = table.search().select(["text_hash"]).with_row_id(True)
+        # A row that is added has a higher id than all before; one that moves gets one, too.
+        grown = len(entries) > 0 and version > self._version
+        if grown and table.count_rows(f"_rowid <= {newest}") == len(entries):
+            query = query.where(f"_rowid > {newest}")
+        else:
+            entries, newest = KeyRows(), 0
+        for batch in query.to_batches(READ_ROWS):
+            ids = batch.column("_rowid").to_numpy()
+            entries = entries.with_more(batch.column("text_hash"), ids)
+            newest = max(newest, int(ids.max(initial=0)))
+        self._entries, self._newest = entries, newest
 
     def holds(self, hashes: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
         """For each text_hash whether its vector is here."""
         if not len(hashes):  # nor is anything read
             return np.zeros(0, dtype=bool)
-        return self._known.keys.holds(hashes)
+        return self._known.holds(hashes)
 
     def require(self, hashes: pa.Array | pa.ChunkedArray) -> None:
         """Check that the vector of each text_hash is here, or came from another run by now.
@@ -119,11 +128,9 @@ class Cache:
             EmbedOnceError: One of them is not here.
         """
         self.require(hashes)
-        entries = self._entries
-        at = entries.keys.positions(hashes)
-        if not len(at):
+        if not len(hashes):
             return pa.array([], self.space.vector_type)
-        found = self.take(entries.row_ids[at])
+        found = self.take(self._entries.rows(hashes))
         place = KeySet(found.column("text_hash")).positions(hashes)
         return found.column("vector").combine_chunks().take(pa.array(place))
 
@@ -218,7 +225,7 @@ class Cache:
                 sync_table(self._uri, self.name, since)
 
     @property
-    def _known(self) -> _Entries:
+    def _known(self) -> KeyRows:
         """What is here; read when it is asked for first, since many a run never does."""
         if not self._looked:
             self.refresh()

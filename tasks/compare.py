@@ -23,6 +23,11 @@ from tasks.schemas import CHANGES, DELETIONS, INDEXED, KEYED, TableRef
 from tasks.stage import stage
 
 Flags = npt.NDArray[np.bool_]
+Codes = npt.NDArray[np.int8]
+
+NAMES = pa.array(["", "added", "changed", "moved", "relined", "deleted"])
+"""Of changes, by their codes."""
+SAME, ADDED, CHANGED, MOVED, RELINED, DELETED = range(len(NAMES))
 
 
 @dataclass(frozen=True)
@@ -123,17 +128,17 @@ def compare(
     other_lines = _differs(corpus, index, index_at, "start_line") | _differs(
         corpus, index, index_at, "end_line"
     )
-    change = np.full(corpus.num_rows, "", dtype=object)
-    change[other_lines] = "relined"
-    change[other_row if same_columns else ~new] = "moved"
-    change[other_text] = "changed"
-    change[new] = "added"
+    change = np.full(corpus.num_rows, SAME, np.int8)
+    change[other_lines] = RELINED
+    change[other_row if same_columns else ~new] = MOVED
+    change[other_text] = CHANGED
+    change[new] = ADDED
 
     could_not_be_read = _held_rows(index, replace(held, narrow=None))
     stays = could_not_be_read if held.narrow is None else _held_rows(index, held)
     unread = could_not_be_read & ~in_corpus
     gone = np.flatnonzero(~in_corpus & ~stays)
-    fate = np.full(len(gone), "deleted", dtype=object)
+    fate = np.full(len(gone), DELETED, np.int8)
     if kind == "files":
         _pair(corpus, index, joined=np.flatnonzero(new), gone=gone, change=change, fate=fate)
 
@@ -193,39 +198,39 @@ def _pair(
     *,
     joined: npt.NDArray[np.int64],
     gone: npt.NDArray[np.int64],
-    change: npt.NDArray[np.object_],
-    fate: npt.NDArray[np.object_],
+    change: Codes,
+    fate: Codes,
 ) -> None:
     """Tell moved and changed rows of files from added and deleted ones, in place."""
-    for column, name in (("text_hash", "moved"), ("document_key", "changed")):
-        still_gone = np.flatnonzero(fate == "deleted")
-        still_new = joined[change[joined] == "added"]
+    for column, code in (("text_hash", MOVED), ("document_key", CHANGED)):
+        still_gone = np.flatnonzero(fate == DELETED)
+        still_new = joined[change[joined] == ADDED]
         left, right = paired(
             index.column(column).take(pa.array(gone[still_gone])),
             corpus.column(column).take(pa.array(still_new)),
         )
-        fate[still_gone[left]] = name
-        change[still_new[right]] = name
+        fate[still_gone[left]] = code
+        change[still_new[right]] = code
 
 
 def _result(
     corpus: pa.Table,
     index: pa.Table,
-    change: npt.NDArray[np.object_],
+    change: Codes,
     *,
     new: Flags,
     gone: npt.NDArray[np.int64],
-    fate: npt.NDArray[np.object_],
+    fate: Codes,
     held: int,
     folder: Path,
 ) -> Compared:
-    differs = change != ""
-    quiet = ~differs | (change == "relined")
+    differs = change != SAME
+    quiet = ~differs | (change == RELINED)
     changes = corpus.filter(pa.array(differs)).select(CHANGES.names[:-2])
-    changes = changes.append_column("change", pa.array(change[differs], pa.utf8()))
+    changes = changes.append_column("change", NAMES.take(pa.array(change[differs])))
     changes = changes.append_column("in_index", pa.array(~new[differs])).cast(CHANGES)
     rows = index.take(pa.array(gone)).select(DELETIONS.names[:-1])
-    deletions = rows.append_column("change", pa.array(fate, pa.utf8())).cast(DELETIONS)
+    deletions = rows.append_column("change", NAMES.take(pa.array(fate))).cast(DELETIONS)
     unique = len(first_of_each(corpus.column("text_hash")))
     return Compared(
         changes=TableRef.write(folder / "changes.arrow", CHANGES, [changes]),

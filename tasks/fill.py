@@ -22,6 +22,7 @@ from tasks.keys import (
     document_key,
     document_keys,
     first_of_each,
+    halves,
     identified,
 )
 from tasks.limits import Limits, Packer
@@ -61,7 +62,7 @@ class Filled:
     left_out: pa.Table
 
 
-class Sizes(Protocol):
+class KnownSizes(Protocol):
     """What is known by now of the sizes of texts and of calls."""
 
     def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
@@ -81,9 +82,9 @@ class Filling:
         changes: TableRef,
         deletions: TableRef,
         packed: TableRef,
-        sizes: Sizes,
+        sizes: KnownSizes,
         folder: Path,
-        rows: TableRef | None = None,
+        table_rows: TableRef | None = None,
     ) -> None:
         """Prepare it.
 
@@ -94,18 +95,20 @@ class Filling:
             packed: PACKED.
             sizes: Of texts and calls.
             folder: Staging folder.
-            rows: KEYED of a table: where its rows still stand in that order, only those that
+            table_rows: KEYED of a table: where its rows still stand in that order, only those that
                 changed are hashed again.
         """
         self._reader = reader
-        self._changes = changes.load(CHANGES)
-        self._deletions = deletions.load(DELETIONS)
-        self._keys = KeySet(self._changes.column("key"))
-        self._seen = np.zeros(self._changes.num_rows, dtype=bool)
-        missing = packed.load(PACKED)
-        self._missing = KeySet(missing.column("text_hash"))
-        self._sent = np.zeros(missing.num_rows, dtype=bool)
-        self._places = None if rows is None else self._places_in(rows.load(KEYED))
+        # Not held: pages of a mapped file that were looked at count as memory until it is let go.
+        self._changes, self._deletions = changes, deletions
+        planned = changes.load(CHANGES)
+        self._keys = KeySet(planned.column("key"))
+        self._planned = _told(planned.column("text_hash"), planned.column("document_key"))
+        self._documents = planned.column("document_key").unique()
+        self._seen = np.zeros(changes.rows, dtype=bool)
+        self._missing = KeySet(packed.load(PACKED).column("text_hash"))
+        self._sent = np.zeros(packed.rows, dtype=bool)
+        self._places = None if table_rows is None else self._places_in(table_rows.load(KEYED))
         self._sizes = sizes
         self._packer = Packer(sizes.request_limits())
         self._folder = folder
@@ -139,7 +142,7 @@ class Filling:
         """
         schema = rows_schema(self._reader.metadata)
         rows = TableRef.of(self._rows)
-        changes, deletions = self._changes, self._deletions
+        changes, deletions = self._changes.load(CHANGES), self._deletions.load(DELETIONS)
         lost = np.flatnonzero(~self._seen)
         unsettled = 0
         if len(lost):
@@ -218,19 +221,14 @@ class Filling:
         if not len(self._keys):
             return
         if self._places is not None:
-            yield from self._planned(_standing_at(self._places, self._chunks()))
+            yield from self._settled(_standing_at(self._places, self._chunks()))
         if self._places is None or not self._seen.all():  # else every row is where it was
-            yield from self._planned(self._chunks())
+            yield from self._settled(self._chunks())
 
     def _places_in(self, keyed: pa.Table) -> npt.NDArray[np.bool_]:
         """For each row that `_chunks` will give again whether it changed."""
         again = KeySet(self._documents).holds(keyed.column("document_key"))
         return self._keys.holds(keyed.column("key"))[again]
-
-    @property
-    def _documents(self) -> pa.Array:
-        """The keys of the documents that changed."""
-        return self._changes.column("document_key").unique()
 
     def _chunks(self) -> Iterator[pa.RecordBatch]:
         documents = set(self._documents.to_pylist())
@@ -238,19 +236,16 @@ class Filling:
             ReadNotes(), wanted=lambda document: document_key(document) in documents
         )
 
-    def _planned(self, chunks: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def _settled(self, chunks: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Those of `chunks` that are as the first pass found them, each once."""
-        changes = self._changes.select(["text_hash", "document_key"])
         for rows in identified(chunks, self._reader.metadata, self._reader.preparation):
             keys = digest_column(rows.column("id"))
             at = self._keys.positions(keys)
             once = np.zeros(len(at), dtype=bool)
             once[first_of_each(keys)] = True
             fits = once & (at >= 0)
-            planned = changes.take(pa.array(np.where(fits, at, 0)))
-            fits &= _equal(rows.column("text_hash"), planned.column("text_hash"))
-            documents_of_rows = document_keys(rows.column("document"))
-            fits &= _equal(documents_of_rows, planned.column("document_key"))
+            told = _told(rows.column("text_hash"), document_keys(rows.column("document")))
+            fits &= told == self._planned[np.where(fits, at, 0)]
             fits[fits] &= ~self._seen[at[fits]]
             self._seen[at[fits]] = True
             if fits.any():
@@ -292,8 +287,11 @@ def _standing_at(
             yield batch.slice(0, len(here)).filter(pa.array(here))
 
 
-def _equal(left: pa.Array, right: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
-    return np.asarray(pc.equal(left, right.combine_chunks()), dtype=bool)
+def _told(
+    text_hashes: pa.Array | pa.ChunkedArray, keys_of_documents: pa.Array | pa.ChunkedArray
+) -> npt.NDArray[np.uint64]:
+    """Eight bytes of text and document of each row, enough to see that one of them changed."""
+    return halves(text_hashes)[0] ^ halves(keys_of_documents)[1]
 
 
 def _without(

@@ -18,6 +18,8 @@ from tasks.schemas import HASH, metadata_fields, rows_schema
 
 NO_DOCUMENT = bytes(16)
 """Document key of a row that belongs to no document."""
+AT_ONCE = 2**17
+"""Keys that are looked for at a time."""
 
 
 def digest(data: bytes) -> bytes:
@@ -154,7 +156,7 @@ class KeySet:
     """
 
     def __init__(self, keys: pa.Array | pa.ChunkedArray) -> None:
-        high, low = _halves(keys)
+        high, low = halves(keys)
         order = np.argsort(high)  # four times as fast as a stable sort
         if _repeats(high[order]).any():
             order = np.argsort(high, kind="stable")
@@ -166,30 +168,52 @@ class KeySet:
 
     def positions(self, keys: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.int64]:
         """For each key its position in the set as given, -1 where it is not in it."""
-        high, low = _halves(keys)
-        found = np.full(len(high), -1, dtype=np.int64)
-        if not len(self):
-            return found
-        at = np.searchsorted(self._high, high)
-        looking = np.arange(len(high))
-        while len(looking):  # more than once only where two keys share their first half
-            inside = at[looking] < len(self)
-            looking = looking[inside]
-            looking = looking[self._high[at[looking]] == high[looking]]
-            hit = self._low[at[looking]] == low[looking]
-            found[looking[hit]] = self._position[at[looking[hit]]]
-            looking = looking[~hit]
-            at[looking] += 1
-        return found
+        return np.concatenate([np.empty(0, np.int64), *self._positions(keys)])
 
     def holds(self, keys: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
         """For each key whether it is in the set."""
-        return self.positions(keys) >= 0
+        return np.concatenate([np.empty(0, bool), *(at >= 0 for at in self._positions(keys))])
+
+    def _positions(self, keys: pa.Array | pa.ChunkedArray) -> Iterator[npt.NDArray[np.int64]]:
+        """Those of so many keys at a time: to look for one takes 60 bytes."""
+        for start in range(0, len(keys), AT_ONCE):
+            high, low = halves(keys.slice(start, AT_ONCE))
+            at = positions_among(self._high, self._low, high, low)
+            found = at >= 0
+            at[found] = self._position[at[found]]
+            yield at
+
+
+def positions_among(
+    high: npt.NDArray[np.uint64],
+    low: npt.NDArray[np.uint64],
+    high_asked: npt.NDArray[np.uint64],
+    low_asked: npt.NDArray[np.uint64],
+) -> npt.NDArray[np.int64]:
+    """For each key that is asked for its position among others, -1 where it is not there.
+
+    Args:
+        high: First halves of the others, ascending.
+        low: Their second halves.
+        high_asked: First halves of the keys that are asked for.
+        low_asked: Their second halves.
+    """
+    found = np.full(len(high_asked), -1, dtype=np.int64)
+    at = np.searchsorted(high, high_asked)
+    looking = np.arange(len(high_asked))
+    while len(looking):  # more than once only where two keys share their first half
+        looking = looking[at[looking] < len(high)]
+        looking = looking[high[at[looking]] == high_asked[looking]]
+        hit = low[at[looking]] == low_asked[looking]
+        found[looking[hit]] = at[looking[hit]]
+        looking = looking[~hit]
+        at[looking] += 1
+    return found
 
 
 def first_of_each(keys: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.int64]:
     """Positions at which a key stands for the first time, ascending."""
-    high, low = _halves(keys)
+    high, low = halves(keys)
     order = np.argsort(high)
     alike = _repeats(high[order])
     some = np.sort(order[alike | np.append(alike[1:], False)])  # most share no half with another
@@ -208,7 +232,7 @@ def paired(
     left: pa.Array | pa.ChunkedArray, right: pa.Array | pa.ChunkedArray
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Positions of equal keys on both sides, the n-th of each key left with the n-th right."""
-    (left_high, left_low), (right_high, right_low) = _halves(left), _halves(right)
+    (left_high, left_low), (right_high, right_low) = halves(left), halves(right)
     high, low = np.append(left_high, right_high), np.append(left_low, right_low)
     order = np.lexsort((low, high))  # stable: of equal keys the left ones come first, in order
     starts = np.ones(len(order), dtype=bool)
@@ -227,9 +251,10 @@ def paired(
     return at_left[pick_left], at_right[pick_right] - len(left_high)
 
 
-def _halves(
+def halves(
     keys: pa.Array | pa.ChunkedArray,
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Each 16-byte key as two numbers of 8 bytes."""
     high, low = np.empty(len(keys), np.uint64), np.empty(len(keys), np.uint64)
     at = 0
     for chunk in keys.chunks if isinstance(keys, pa.ChunkedArray) else [keys]:

@@ -1,14 +1,19 @@
 """Pack: the missing texts are cut into batches that one call takes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tasks.limits import Limits, Packer
 from tasks.schemas import MISSES, PACKED, TableRef
 from tasks.stage import stage
+
+ROWS = 2**16
+"""Texts that are placed at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,18 @@ def pack(misses: TableRef, limits: Limits, target: Path) -> Packed:
         limits: What one call takes, with a margin for estimates.
         target: File for the PACKED table.
     """
-    table = misses.load(MISSES)
     packer = Packer(limits)
-    tokens = table.column("tokens").to_pylist()
-    numbers = [packer.place(count) for count in tokens]
-    packed = table.append_column("batch", pa.array(numbers, pa.int32())).cast(PACKED)
-    ref = TableRef.write(target, PACKED, [packed])
-    return Packed(ref, batches=packer.batch, texts=len(tokens), tokens=sum(tokens))
+    ref = TableRef.write(target, PACKED, _placed(misses.load(MISSES), packer))
+    tokens = pc.sum(ref.load(PACKED).column("tokens")).as_py() or 0
+    return Packed(ref, batches=packer.batch, texts=ref.rows, tokens=tokens)
+
+
+def _placed(misses: pa.Table, packer: Packer) -> Iterator[pa.RecordBatch]:
+    """PACKED for `misses`; a number of Python's takes 32 bytes, so some of them at a time."""
+    for rows in misses.to_batches(max_chunksize=ROWS):
+        numbers = [packer.place(tokens) for tokens in rows.column("tokens").to_pylist()]
+        columns = [*rows.columns, pa.array(numbers, pa.int32())]
+        yield pa.record_batch(columns, schema=PACKED)
 
 
 def cut(rows: pa.Table, limits: Limits) -> list[pa.Table]:

@@ -321,7 +321,7 @@ def embed_all(found: Survey, folder: RunFolder, die_after: int | None) -> tuple[
         changes=found.compared.changes,
         deletions=found.compared.deletions,
         packed=found.packed.table,
-        rows=found.table_rows,
+        table_rows=found.table_rows,
         sizes=sender_of(terms),
         folder=folder.staging,
     )

@@ -108,7 +108,7 @@ def fill(fresh: Callable[[], Path], lexical: Lexical, memory_reader: type[Any]) 
             packed=packed.table,
             sizes=Sizes(lexical, limits),
             folder=folder,
-            rows=keyed.table if kind == "table" else None,
+            table_rows=keyed.table if kind == "table" else None,
         )
         batches = list(filling.batches())
         filled = filling.finish(hash_column([text_hash(text) for text in (*quarantined, *refused)]))

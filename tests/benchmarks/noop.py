@@ -78,7 +78,7 @@ def run(config: Config) -> str:
             changes=found.compared.changes,
             deletions=found.compared.deletions,
             packed=found.packed.table,
-            rows=found.table_rows,
+            table_rows=found.table_rows,
             sizes=sender_of(terms),
             folder=folder.staging,
         )

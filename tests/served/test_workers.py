@@ -205,13 +205,13 @@ def test_processes_of_a_run_share_its_limits_and_its_budget(
 
 @pytest.mark.parametrize("answer", ["comes", "hangs"])
 def test_a_cancel_waits_for_what_workers_have_in_flight_and_no_longer_than_it_may(
-    config: Path, simulator: Simulator, environment: dict[str, str], answer: str
+    config: Path, simulator: Simulator, environment: dict[str, str], python: list[str], answer: str
 ) -> None:
     if answer == "hangs":
         simulator.add(Rule(action="hang", seconds=300, requests=frozenset({20})))
     command = ["reindex", str(config), "--set", "runner.kind=dask", "--set", "runner.processes=2"]
     running = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *command],
+        [*python, "-m", "flows.cli", *command],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     ledger = simulator.ledger
