@@ -1,10 +1,10 @@
 """Corpora that hurt: what a run over each of them takes, beside one over half as much.
 
 Run it as `python tests/benchmarks/corpora.py [case …] [--size N] [--json FILE]`; without a case all
-of them run at their own size. A corpus is made in a temporary folder and reindexed without Prefect,
-by `lexical` with 256 floats; each run is a process of its own, and so is what makes its corpus.
-Wall and CPU seconds and the peak are those of the run alone; `flat` is its peak over that of the
-half as large corpus, and `linear` the same of its CPU seconds, so 2 where time is linear.
+of them run at their own size. A corpus is made in a temporary folder and reindexed by the command,
+with `lexical` and 256 floats, while a Prefect server runs already. Wall and CPU seconds and the
+peak are those of the command; `flat` is its peak over that of the half as large corpus, and
+`linear` the same of its CPU seconds, so 2 where time is linear.
 
 - tiny: files of 50 bytes, a thousand in a folder.
 - folder: the same in one folder.
@@ -17,23 +17,19 @@ half as large corpus, and `linear` the same of its CPU seconds, so 2 where time 
 
 import argparse
 import json
-import multiprocessing
+import os
 import platform
-import resource
+import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import yaml
+from peers import Watched, prefect_server, watched
 from pyarrow import parquet
-from stages import run
-
-from tasks.index import published_index
-from tasks.params import Config
 
 MEGABYTE = 1_000_000
 ROW_BYTES = {"jsonl": 4000, "group": 1000, "long": 200_000, "changed": 1000}
@@ -85,14 +81,14 @@ def identical(folder: Path, size: int) -> None:
     (folder / "corpus" / "before").mkdir(parents=True)
     for number in range(size):
         (folder / "corpus" / "before" / f"{number:07d}.txt").write_text("All rights reserved.\n")
-    run(config_in("identical", folder), "before")
+    reindex("identical", folder)
     (folder / "corpus" / "before").rename(folder / "corpus" / "after")
 
 
 def changed(folder: Path, size: int) -> None:
     """So many chunks, indexed, of which every text then changes."""
     _write_table(folder, "changed", range(size))
-    run(config_in("changed", folder), "before")
+    reindex("changed", folder)
     _write_table(folder, "changed", range(size, 2 * size))
 
 
@@ -115,19 +111,22 @@ CASES = {
 }
 
 
-def config_in(case: str, folder: Path) -> Config:
-    """The corpus, index and state below `folder`."""
+def reindex(case: str, folder: Path) -> tuple[Watched, dict[str, Any]]:
+    """What the command took over the corpus below `folder`, and its report."""
     names = {"jsonl": "corpus.jsonl", "group": "c.parquet", "long": "c.parquet"}
     path = folder / (names | {"changed": "c.parquet"}).get(case, "corpus")
-    return Config.model_validate(
-        {
-            "name": case,
-            "source": {"kind": "table" if path.suffix else "files", "path": str(path)},
-            "embedding": {"provider": "lexical", "dimension": 256},
-            "index": {"uri": str(folder / "index"), "table": "t"},
-            "state": {"uri": str(folder / "state")},
-        }
-    )
+    values = {
+        "name": case,
+        "source": {"kind": "table" if path.suffix else "files", "path": str(path)},
+        "embedding": {"provider": "lexical", "dimension": 256},
+        "index": {"uri": str(folder / "index"), "table": "t"},
+        "state": {"uri": str(folder / "state")},
+    }
+    config, report = folder / "corpus.yaml", folder / "report.json"
+    config.write_text(yaml.safe_dump(values), encoding="utf-8")
+    command = [sys.executable, "-m", "flows.cli", "reindex", str(config), "--report", str(report)]
+    took = watched(command, dict(os.environ), folder / "run.log")
+    return took, json.loads(report.read_text(encoding="utf-8"))
 
 
 def _write_table(folder: Path, case: str, numbers: range) -> None:
@@ -139,66 +138,43 @@ def _write_table(folder: Path, case: str, numbers: range) -> None:
 
 
 class Measured(NamedTuple):
-    """What a run took: seconds, bytes, rows in the index, texts embedded."""
+    """What a run took: seconds, bytes, chunks, texts embedded, seconds of its stages."""
 
     case: str
     size: int
     wall_s: float
     cpu_s: float
     peak_bytes: int
-    rows: int
+    chunks: int
     embedded: int
     stages: dict[str, float]
 
 
 def measured(case: str, size: int) -> Measured:
-    """Make the corpus, and reindex it in a process of its own."""
+    """Make the corpus, and reindex it."""
     with tempfile.TemporaryDirectory(prefix="embed-once-corpora-") as name:
-        _apart(CASES[case].make, Path(name), size)
-        found: Measured = _apart(_reindexed, case, size, Path(name))
-        return found
-
-
-def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns, called in a process of its own."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def _reindexed(case: str, size: int, folder: Path) -> Measured:
-    config = config_in(case, folder)
-    before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    stages = run(config, "measured")
-    wall_s, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    rows = {line.stage: line.rows for line in stages.lines}
-    return Measured(
-        case,
-        size,
-        wall_s,
-        cpu_s,
-        _peak_bytes(),
-        published_index(config.index).count_rows(),
-        rows["fold"],
-        {line.stage: line.seconds for line in stages.lines},
-    )
-
-
-def _peak_bytes() -> int:
-    """Most memory held since the process started its program; where that is not told, ever."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        CASES[case].make(Path(name), size)
+        took, report = reindex(case, Path(name))
+        total, embedded = report["chunks"]["total"], report["texts"]["embedded"]
+        return Measured(case, size, *took, total, embedded, report["seconds"])
 
 
 def pairs(cases: dict[str, int]) -> Iterator[tuple[Measured, Measured]]:
     """Each case at half its size and at its size, as they are measured."""
     for case, size in cases.items():
         yield measured(case, size // 2), measured(case, size)
+
+
+def show(each: Measured, of: Measured | None) -> None:
+    """One line of the table, held against `of`."""
+    linear = f"{each.cpu_s / of.cpu_s:.2f}" if of else ""
+    flat = f"{each.peak_bytes / of.peak_bytes:.2f}" if of else ""
+    print(
+        f"| {each.case} | {each.size:,} {CASES[each.case].unit} | {each.wall_s:.1f} "
+        f"| {each.cpu_s:.1f} | {each.peak_bytes / 1e6:,.0f} | {each.chunks:,} "
+        f"| {each.embedded:,} | {linear} | {flat} |",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -213,22 +189,21 @@ def main() -> None:
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
     cases = {case: arguments.size or CASES[case].size for case in arguments.cases or CASES}
     print(f"{platform.platform()}, Python {platform.python_version()}\n")
-    print("| case | size | wall s | CPU s | peak MB | rows | embedded | linear | flat |")
+    print("| case | size | wall s | CPU s | peak MB | chunks | embedded | linear | flat |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     figures = []
-    for half, full in pairs(cases):
-        for each, of in ((half, None), (full, half)):
-            linear = f"{each.cpu_s / of.cpu_s:.2f}" if of else ""
-            flat = f"{each.peak_bytes / of.peak_bytes:.2f}" if of else ""
-            print(
-                f"| {each.case} | {each.size:,} {CASES[each.case].unit} | {each.wall_s:.1f} "
-                f"| {each.cpu_s:.1f} | {each.peak_bytes / 1e6:,.0f} | {each.rows:,} "
-                f"| {each.embedded:,} | {linear} | {flat} |",
-                flush=True,
-            )
-            if arguments.stages:
-                print("  " + ", ".join(f"{name} {took:.1f}" for name, took in each.stages.items()))
-            figures.append(each._asdict())
+    os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+    with tempfile.TemporaryDirectory(prefix="embed-once-prefect-") as home:
+        os.environ["PREFECT_HOME"] = home
+        with prefect_server(Path(home) / "server.log") as api:
+            os.environ["PREFECT_API_URL"] = api
+            for half, full in pairs(cases):
+                for each, of in ((half, None), (full, half)):
+                    show(each, of)
+                    if arguments.stages:
+                        took = each.stages.items()
+                        print("  " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in took))
+                    figures.append(each._asdict())
     if arguments.json:
         arguments.json.write_text(json.dumps(figures), encoding="utf-8")
 
