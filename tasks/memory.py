@@ -25,7 +25,7 @@ LEAST_MB = 100
 FEWEST_MB = 640
 """Enough for 200,000 chunks; no limit may be less."""
 MOST_MB = 1536
-"""More would not make a run faster."""
+"""More would make no run faster but one that rewrites rows of a large index and deletes others."""
 COPIES = 4
 """Copies of a vector that a call holds at once: as it came, checked, in the journal, for who
 asked."""
@@ -47,9 +47,11 @@ class Sizes:
 
     Attributes:
         share: Of the most that makes a run faster, 0 to 1.
+        room_mb: What the limit leaves beside code and keys, MiB.
     """
 
     share: float = 1.0
+    room_mb: float = MOST_MB - BASE_MB
 
     @property
     def flying(self) -> int:
@@ -65,6 +67,11 @@ class Sizes:
     def written(self) -> int:
         """Vectors that go to the index at once, each held some times over on its way."""
         return int(self.share * 8 * MIB)
+
+    @property
+    def joined(self) -> int:
+        """Of an index that a merge may hold whole."""
+        return int(0.75 * self.room_mb * MIB)
 
 
 MOST = Sizes()
@@ -89,7 +96,7 @@ def sizes_for(memory_mb: int | None, chunks: int) -> Sizes:
             f"Python, Prefect and LanceDB take about {taken:,.0f}. Nothing was sent. Allow at "
             f"least {taken + LEAST_MB:,.0f}."
         )
-    return Sizes(min(1.0, room / (MOST_MB - BASE_MB)))
+    return Sizes(min(1.0, room / (MOST_MB - BASE_MB)), room)
 
 
 def default_mb() -> int:

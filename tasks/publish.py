@@ -7,7 +7,7 @@ run takes: create, add, merge or overwrite.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import lancedb
 import pyarrow as pa
@@ -100,7 +100,7 @@ def publish(
     table = open_index(index)
     schema = identity.schema(_in_order_of(table, metadata))
     gone = deletions.load(DELETIONS).column("id")
-    way = _way(table, schema, rows.rows, updates, len(gone), most=sizes.share * MERGE_BYTES)
+    way = _way(table, schema, rows.rows, updates, len(gone), sizes=sizes)
     if anew and table is not None:
         way = "overwrite"
     if way == "none":
@@ -173,7 +173,13 @@ def _nothing_new(table: Table | None) -> Published:
 
 
 def _way(
-    table: Table | None, schema: pa.Schema, rows: int, updates: int, deletions: int, *, most: float
+    table: Table | None,
+    schema: pa.Schema,
+    rows: int,
+    updates: int,
+    deletions: int,
+    *,
+    sizes: Sizes,
 ) -> Way:
     if table is None:
         return "create" if rows else "none"
@@ -184,8 +190,24 @@ def _way(
     if not updates and not deletions:
         return "add"
     dimension = schema.field("vector").type.list_size
-    heavy = rows * dimension * MERGE_BYTES_PER_FLOAT > most
-    return "overwrite" if heavy or deletions > MERGE_DELETIONS else "merge"
+    heavy = rows * dimension * MERGE_BYTES_PER_FLOAT > sizes.share * MERGE_BYTES
+    if (
+        heavy
+        or deletions > MERGE_DELETIONS
+        or (rows and deletions and _bytes(table) > sizes.joined)
+    ):
+        return "overwrite"
+    return "merge"
+
+
+def _bytes(table: Table) -> int:
+    """What LanceDB holds where rows join and others leave in one merge: all of the table.
+
+    It reads every column then: a merge of 2,000 rows of 1,024 floats took 300 MB without a
+    deletion, whatever the table, and with one 500, 710 and 1,150 MB for 50, 100 and 200 thousand.
+    """
+    stats: Any = table.stats()
+    return int(stats["total_bytes"])
 
 
 def _create(
@@ -210,11 +232,15 @@ def _create(
 
 
 def _merge(table: Table, new: pa.RecordBatchReader, gone: list[str]) -> None:
+    rows = new.read_all()
+    if not rows.num_rows:
+        table.delete(f"id IN ({', '.join(map(quoted, gone))})")
+        return
     merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
     if gone:
-        ids = ", ".join(quoted(id_) for id_ in gone)
+        ids = ", ".join(map(quoted, gone))
         merge = merge.when_not_matched_by_source_delete(f"id IN ({ids})")
-    merge.execute(new.read_all())
+    merge.execute(rows)
 
 
 def _overwrite(

@@ -39,8 +39,11 @@ def lexical(texts: int, concurrency: int = 8) -> Lexical:
     return Lexical(1024, Limits(None, None, texts, None, concurrency))
 
 
-def test_more_than_makes_a_run_faster_changes_nothing() -> None:
-    assert sizes_for(MOST_MB, 0) == sizes_for(100_000, 1_000_000) == MOST
+def test_more_memory_than_makes_a_run_faster_lets_larger_tables_be_merged_and_no_more() -> None:
+    assert sizes_for(MOST_MB, 0) == MOST
+    more = sizes_for(100_000, 1_000_000)
+    assert (more.flying, more.folded, more.written) == (MOST.flying, MOST.folded, MOST.written)
+    assert more.joined > 50 * MOST.joined
 
 
 def test_less_memory_or_more_chunks_make_all_pieces_smaller() -> None:

@@ -17,6 +17,7 @@ from tasks.cache import Cache
 from tasks.errors import CorpusError, EmbedOnceError
 from tasks.index import Identity, generations, open_index
 from tasks.keys import NO_DOCUMENT, text_hash
+from tasks.memory import MOST, Sizes
 from tasks.params import Index
 from tasks.providers.lexical import Lexical
 from tasks.publish import Published, publish
@@ -45,7 +46,12 @@ class Shelf:
     run_id: str = "run"
 
     def publish(
-        self, *rows: Row, delete: tuple[str, ...] = (), known: bool = True, batch_rows: int = 2
+        self,
+        *rows: Row,
+        delete: tuple[str, ...] = (),
+        known: bool = True,
+        batch_rows: int = 2,
+        sizes: Sizes = MOST,
     ) -> Published:
         if known and rows:
             self.cache.remember([self.paid(*[one[1] for one in rows])])
@@ -71,6 +77,7 @@ class Shelf:
             identity=Identity(self.provider.space, self.splitter),
             cache=self.cache,
             run_id=self.run_id,
+            sizes=sizes,
         )
 
     def table(self) -> Table:
@@ -188,6 +195,17 @@ def test_the_size_of_what_changed_decides_between_merge_and_overwrite(
     assert shelf.publish(row("a", "one"), row("b", "two")).way == "merge"
     assert shelf.publish(row("a", "six"), row("b", "ten"), row("c", "red")).way == "overwrite"
     shelf.holds(row("a", "six"), row("b", "ten"), row("c", "red"))
+
+
+def test_a_merge_that_would_hold_too_large_a_table_is_none(shelf: Shelf) -> None:
+    shelf.publish(A, B, C)
+    size = tasks.publish._bytes(shelf.table())  # noqa: SLF001 - what LanceDB would hold
+    changed, less = row("a", "delta"), Sizes(room_mb=size / 2**20)
+    assert less.joined < size < MOST.joined
+    assert shelf.publish(changed, sizes=less).way == "merge"  # then it holds what changed
+    assert shelf.publish(delete=("b",), sizes=less).way == "merge"
+    assert shelf.publish(row("a", "beta"), delete=("c",), sizes=less).way == "overwrite"
+    shelf.holds(row("a", "beta"))
 
 
 @pytest.mark.parametrize("way", ["merge", "overwrite"])

@@ -1,9 +1,9 @@
 """The most memory that a run takes, whole process tree apart from Prefect's server.
 
 A Parquet file of made-up chunks (see `stages.py`) is embedded by `lexical` with 1024 floats, which
-costs nothing: a first run, then one where every text changed. Each run is a process of its own,
-looked at 20 times a second. Run it as `python tests/benchmarks/memory.py 100000 1000000`; the last
-column holds each against the smallest.
+costs nothing: a first run, one where 1 % changed, 1 % left and 1 % joined, then one where every
+text changed. Each run is a process of its own, looked at 20 times a second. Run it as
+`python tests/benchmarks/memory.py 100000 1000000`; the last column holds each against the smallest.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prefect.testing.utilities import prefect_test_harness
-from stages import Corpus, first_corpus, write_apart
+from stages import Corpus, first_corpus, touched_corpus, write_apart
 
 LOOK_S = 0.05
 DIMENSION = 1024
@@ -134,8 +134,14 @@ def main() -> None:
                     CONFIG.format(corpus=corpus, dimension=DIMENSION)
                 )
                 first = first_corpus(chunks)
-                for title, texts in (("first", first.texts), ("all changed", first.texts + chunks)):
-                    write_apart(Corpus(first.ids, texts), corpus)
+                touched = touched_corpus(first)
+                corpora = {
+                    "first": first,
+                    "1 % changed": touched,
+                    "all changed": Corpus(touched.ids, touched.texts + 2 * chunks),
+                }
+                for title, made in corpora.items():
+                    write_apart(made, corpus)
                     peak = run(folder, environment)
                     ratio = peak.all / least.setdefault(title, peak.all)
                     print(
