@@ -811,13 +811,16 @@ class FailingFold:
     """The disk does not take the cache for a while."""
 
     def __init__(self, real: Callable[..., int]) -> None:
-        self.real, self.fails, self.failed = real, False, threading.Event()
+        self.real, self.fails = real, False
+        self.folded, self.failed = threading.Event(), threading.Event()
 
     def __call__(self, *args: Any) -> int:
         if self.fails:
             self.failed.set()
             raise StorageFailed("The disk is full.")
-        return self.real(*args)
+        folded = self.real(*args)
+        self.folded.set()
+        return folded
 
 
 def test_where_the_cache_takes_nothing_no_more_is_paid_and_what_was_is_kept(
@@ -828,6 +831,7 @@ def test_where_the_cache_takes_nothing_no_more_is_paid_and_what_was_is_kept(
     monkeypatch.setattr("tasks.flights.FOLD_BYTES", 1)
     with BatchEmbedder(values()) as embedder:
         embedder.embed_batch(texts(6))
+        assert disk.folded.wait(20)  # which it does behind its back
         disk.fails = True
         embedder.embed_batch(texts(6, "kind0"))  # its fold fails behind its back
         assert disk.failed.wait(20)
