@@ -2,16 +2,18 @@
 
 Keys come in lots and are held in sorted arrays, the levels. Two levels of about one size become
 one, as in a log-structured merge tree (O'Neil et al., 1996), unless it were more than an eighth
-of all: so merging takes little memory beside, and there are few levels to look in.
+of all: so merging takes little memory beside. There are 31 levels at 10 million keys that come
+8,192 at a time.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.keys import halves, positions_among
+from tasks.keys import AT_ONCE, halves, positions_among
 
 LEVEL_KEYS = 2**17
 """Levels of so many keys are merged whatever their share of all."""
@@ -59,11 +61,9 @@ class KeyRows:
 
     def holds(self, keys: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
         """For each key whether it is here."""
-        high, low = halves(keys)
-        held = np.zeros(len(high), dtype=bool)
-        for level in self._levels:
-            held |= positions_among(level.high, level.low, high, low) >= 0
-        return held
+        found = [np.empty(0, bool)]
+        found += [known for known, _ in self._found(keys)]
+        return np.concatenate(found)
 
     def rows(self, keys: pa.Array | pa.ChunkedArray) -> Numbers:
         """The row of each key.
@@ -71,16 +71,27 @@ class KeyRows:
         Raises:
             KeyError: One of them is not here.
         """
-        high, low = halves(keys)
-        found, known = np.zeros(len(high), np.uint64), np.zeros(len(high), dtype=bool)
-        for level in self._levels:
-            at = positions_among(level.high, level.low, high, low)
-            here = at >= 0
-            found[here] = level.rows[at[here]]
-            known |= here
-        if not known.all():
-            raise KeyError(keys[int(np.flatnonzero(~known)[0])].as_py().hex())
-        return found
+        found = [np.empty(0, np.uint64)]
+        for known, rows in self._found(keys):
+            if not known.all():
+                missing = sum(map(len, found)) + int(np.flatnonzero(~known)[0])
+                raise KeyError(keys[missing].as_py().hex())
+            found.append(rows)
+        return np.concatenate(found)
+
+    def _found(
+        self, keys: pa.Array | pa.ChunkedArray
+    ) -> Iterator[tuple[npt.NDArray[np.bool_], Numbers]]:
+        """Which of the keys are here, and their rows; so many keys at a time."""
+        for start in range(0, len(keys), AT_ONCE):
+            high, low = halves(keys.slice(start, AT_ONCE))
+            rows, known = np.zeros(len(high), np.uint64), np.zeros(len(high), dtype=bool)
+            for level in self._levels:
+                at = positions_among(level.high, level.low, high, low)
+                here = at >= 0
+                rows[here] = level.rows[at[here]]
+                known |= here
+            yield known, rows
 
 
 def _merged(left: _Level, right: _Level) -> _Level:

@@ -25,7 +25,7 @@ LEAST_MB = 100
 FEWEST_MB = 640
 """Enough for 200,000 chunks; no limit may be less."""
 MOST_MB = 1536
-"""More would make no run faster but one that rewrites rows of a large index and deletes others."""
+"""More makes only those runs faster that change rows of a large index and delete others."""
 COPIES = 4
 """Copies of a vector that a call holds at once: as it came, checked, in the journal, for who
 asked."""
@@ -71,7 +71,7 @@ class Sizes:
     @property
     def joined(self) -> int:
         """Of an index that a merge may hold whole."""
-        return int(0.75 * self.room_mb * MIB)
+        return int(self.room_mb * MIB)
 
 
 MOST = Sizes()
@@ -100,11 +100,11 @@ def sizes_for(memory_mb: int | None, chunks: int) -> Sizes:
 
 
 def default_mb() -> int:
-    """Half of the memory of this machine, or container, MiB; MOST_MB at most."""
+    """Half of the memory of this machine, or container, MiB."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     told = _CGROUP.read_text(encoding="ascii").strip() if _CGROUP.is_file() else "max"
     allowed = min(pages, int(told)) if told.isdigit() else pages
-    return max(FEWEST_MB, min(MOST_MB, allowed // MIB // 2))
+    return max(FEWEST_MB, allowed // MIB // 2)
 
 
 def within(sizes: Sizes, provider: Provider, chunks: int, text_bytes: int) -> Provider:

@@ -180,7 +180,7 @@ class RunLimitSettings(LimitSettings):
         default=None,
         ge=640,
         description="Most memory that the run's process takes, in MiB; null is half of the "
-        "machine's, 1536 at most.",
+        "machine's.",
     )
 
 

@@ -9,12 +9,15 @@ import gc
 import importlib
 import importlib.util
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 REST_CLIENT = "lance_namespace_urllib3_client"
+TOLD = {"__version__", "__all__"}
+RUNNING = threading.RLock()
 
 
 def rest_client_when_asked() -> None:
@@ -37,11 +40,17 @@ class _WhenAsked(ModuleType):
 
     def __getattr__(self, name: str) -> object:
         spec = self.__spec__
-        if spec is None or spec.loader is None or name.startswith("__"):
+        if spec is None or spec.loader is None or (name.startswith("__") and name not in TOLD):
             raise AttributeError(name)
-        self.__class__ = ModuleType  # type: ignore[assignment]  # from now on as any other
-        spec.loader.exec_module(self)
-        return getattr(self, name)
+        if importlib.util.find_spec(f"{self.__name__}.{name}") is not None:
+            return importlib.import_module(f"{self.__name__}.{name}")
+        with RUNNING:  # other threads wait here, and find the names afterwards
+            if name not in vars(self):
+                spec.loader.exec_module(self)
+                self.__class__ = ModuleType  # type: ignore[assignment]  # from now on as any other
+        if name not in vars(self):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return vars(self)[name]
 
 
 def import_lancedb() -> None:

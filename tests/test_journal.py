@@ -225,7 +225,33 @@ def test_vectors_survive_that_the_cache_is_compacted(
     lancedb.connect(str(tmp_path)).open_table(cache.name).optimize()
     assert vectors_in(cache, *WORDS[::-1]) == expected(lexical, *WORDS[::-1])
     cache.refresh()
+    assert len(cache) == len(WORDS)
     assert vectors_in(cache, *WORDS) == expected(lexical, *WORDS)
+
+
+def test_a_cache_that_was_read_forgets_what_another_one_drops(
+    tmp_path: Path, cache: Cache, paid: Paid, lexical: Lexical
+) -> None:
+    cache.remember([paid(*WORDS)])
+    table = lancedb.connect(str(tmp_path)).open_table(cache.name)
+    table.delete(f"text_hash = X'{text_hash('alpha').hex()}'")
+    Cache(str(tmp_path), lexical.space).remember([paid("delta", "epsilon")])
+    cache.refresh()
+    held = cache.holds(hashes("alpha", "beta", "gamma", "delta", "epsilon"))
+    assert held.tolist() == [False, True, True, True, True]
+    assert len(cache) == 4
+
+
+def test_what_a_cache_knows_already_is_not_read_again(
+    tmp_path: Path, paid: Paid, lexical: Lexical, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.key_rows.LEVEL_KEYS", 1)  # no two lots are merged
+    cache = Cache(str(tmp_path), lexical.space)
+    cache.remember([paid("alpha", "beta")])
+    (first,) = cache._entries._levels  # noqa: SLF001 - what was read is not seen otherwise
+    cache.remember([paid("gamma")])
+    assert cache._entries._levels[0] is first  # noqa: SLF001
+    assert len(cache) == 3
 
 
 def test_each_space_has_a_cache_of_its_own(

@@ -19,9 +19,10 @@ keys = st.one_of(st.tuples(halves, halves).map(b"".join), st.binary(min_size=16,
 
 @pytest.fixture(autouse=True, scope="module")
 def small_levels() -> Iterator[None]:
-    """Some keys are enough for levels that are not merged any more."""
+    """Some keys are enough for levels that are not merged any more, and for several look-ups."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(tasks.key_rows, "LEVEL_KEYS", 4)
+        patched.setattr(tasks.key_rows, "AT_ONCE", 3)
         yield
 
 
@@ -40,6 +41,8 @@ def test_each_key_is_found_in_its_row(
     assert len(found) == len(members)
     assert found.rows(hash_column(members)).tolist() == [rows[key] for key in members]
     asked = [*others, *members]
+    chunks = pa.chunked_array([hash_column(others), hash_column([b"p" * 16, *members]).slice(1)])
+    assert found.holds(chunks).tolist() == [key in rows for key in asked]
     assert found.holds(hash_column(asked)).tolist() == [key in rows for key in asked]
     if strangers := [key for key in others if key not in rows]:
         with pytest.raises(KeyError, match=strangers[0].hex()):

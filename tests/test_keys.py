@@ -1,6 +1,7 @@
 """Two chunks share an identity only where they are the same, and no key is ever missed."""
 
 import itertools
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tasks.keys
 from tasks.keys import (
     NO_DOCUMENT,
     KeySet,
@@ -27,6 +29,14 @@ from tasks.schemas import CHUNKS, HASH, rows_schema
 halves = st.sampled_from([bytes(8), b"\0" * 7 + b"\1", b"\1" + b"\0" * 7, b"\xff" * 8, b"abcdefgh"])
 keys = st.one_of(st.tuples(halves, halves).map(b"".join), st.binary(min_size=16, max_size=16))
 """Many of them share their first or their second half."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_at_once() -> Iterator[None]:
+    """Some keys are enough for several look-ups."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tasks.keys, "AT_ONCE", 3)
+        yield
 
 
 def column(digests: list[bytes], cuts: list[int] | None = None) -> pa.ChunkedArray:

@@ -178,6 +178,18 @@ def test_much_at_once_is_written_anew_in_one_version(shelf: Shelf, always_overwr
     shelf.holds(changed, C, new)
 
 
+def test_deletions_alone_take_ids_of_any_characters(shelf: Shelf) -> None:
+    odd = [
+        row("it's", "one"),
+        row('a "b" \\ c', "two"),
+        row("line\nfeed", "three"),
+        row("ü%_", "x"),
+    ]
+    shelf.publish(A, *odd)
+    assert shelf.publish(delete=tuple(each[0] for each in odd)).way == "merge"
+    shelf.holds(A)
+
+
 def test_many_deletions_are_written_anew(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks.publish, "MERGE_DELETIONS", 1)
     shelf.publish(A, B, C)
@@ -199,8 +211,8 @@ def test_the_size_of_what_changed_decides_between_merge_and_overwrite(
 
 def test_a_merge_that_would_hold_too_large_a_table_is_none(shelf: Shelf) -> None:
     shelf.publish(A, B, C)
-    size = tasks.publish._bytes(shelf.table())  # noqa: SLF001 - what LanceDB would hold
-    changed, less = row("a", "delta"), Sizes(room_mb=size / 2**20)
+    size = tasks.publish._bytes(shelf.table(), 1024)  # noqa: SLF001 - what LanceDB would hold
+    changed, less = row("a", "delta"), Sizes(room_mb=0.9 * size / 2**20)
     assert less.joined < size < MOST.joined
     assert shelf.publish(changed, sizes=less).way == "merge"  # then it holds what changed
     assert shelf.publish(delete=("b",), sizes=less).way == "merge"
