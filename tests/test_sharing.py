@@ -128,8 +128,12 @@ def test_two_runs_started_together_pay_for_their_corpus_once_and_share_the_work(
 
 
 def test_a_run_that_is_killed_holds_up_none_of_the_others(home: Home) -> None:
+    home.simulator.change(latency=Latency(base_s=10))  # until all are there
     processes = {table: home.start(table) for table in ("one", "two", "killed")}
     killed, deadline = processes.pop("killed"), time.monotonic() + 120
+    while len(home.living()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    home.simulator.change(latency=LATENCY)
     while home.answers(killed) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
