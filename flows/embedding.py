@@ -19,7 +19,7 @@ from tasks.aside import Aside
 from tasks.claims import Shared, take_up
 from tasks.embed import RETRIES, Embedded, embed_batch, retry_when_busy
 from tasks.errors import BudgetReached, EmbedOnceError, RunStopped, StorageFailed
-from tasks.fill import Filled, Filling
+from tasks.fill import Filled
 from tasks.journal import RunFolder, fold
 from tasks.limiter import LimiterStatistics
 from tasks.notes import Refused
@@ -88,15 +88,7 @@ def _embed_all(
     if found.packed.texts:  # a model may take long to load, and a run with nothing new needs none
         provider.prepare()
     sender = sender_of(terms, found.cache)
-    filling = Filling(
-        reader=found.reader,
-        changes=found.compared.changes,
-        deletions=found.compared.deletions,
-        packed=found.packed.table,
-        table_rows=found.table_rows,
-        sizes=sender,
-        folder=folder.staging,
-    )
+    filling = found.filling(sender, folder.staging)
     collected = _Collected(folder, found, sender)
     with ExitStack() as shown:
         progress = None

@@ -34,7 +34,7 @@ from tasks.notes import About
 from tasks.params import Config, TableSource
 from tasks.progress import Progress, listening, tell
 from tasks.providers import Space
-from tasks.publish import publish, tidy_published
+from tasks.publish import tidy_published
 from tasks.read.frames import write_frame
 from tasks.recover import Recovered, recover
 from tasks.report import RunReport
@@ -46,6 +46,7 @@ from tasks.run import (
     finished_report,
     keep_found,
     keep_scanned,
+    publish_found,
     record_death,
     settle_quarantine,
 )
@@ -220,16 +221,7 @@ def _published(
     tell(Progress("publishing"))
     found, filled = ready.found, ready.filled
     with clock.stage("publish"):
-        published = publish(
-            rows=filled.rows,
-            deletions=filled.deletions,
-            updates=filled.updates,
-            index=found.config.index,
-            identity=found.identity,
-            cache=found.cache,
-            run_id=folder.run_id,
-            sizes=found.sizes,
-        )
+        published = publish_found(found, filled, folder.run_id)
     report = finished_report(
         survey=found,
         filled=filled,

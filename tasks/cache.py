@@ -71,17 +71,14 @@ class Cache:
         with self._refreshing:
             if self._table is None:
                 self._table = open_table(self._uri, self.name)
-            if self._table is None:
-                self._looked = True
-                return
-            with self._reading(self._table):
-                self._table.checkout_latest()  # type: ignore[no-untyped-call]
-                version = self._table.version
-                if version == self._version:
-                    self._looked = True
-                    return
-                self._take_up(self._table, version)
-            self._version, self._looked = version, True
+            if self._table is not None:
+                with self._reading(self._table):
+                    self._table.checkout_latest()  # type: ignore[no-untyped-call]
+                    version = self._table.version
+                    if version != self._version:
+                        self._take_up(self._table, version)
+                self._version = version
+            self._looked = True
 
     def _take_up(self, table: Table, version: int) -> None:
         """Read what has come since; all of it where rows have gone or moved meanwhile."""

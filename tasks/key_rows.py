@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.keys import AT_ONCE, halves, positions_among
+from tasks.keys import halves, halves_in_lots, positions_among
 
 LEVEL_KEYS = 2**17
 """Levels of so many keys are merged whatever their share of all."""
@@ -83,8 +83,7 @@ class KeyRows:
         self, keys: pa.Array | pa.ChunkedArray
     ) -> Iterator[tuple[npt.NDArray[np.bool_], Numbers]]:
         """Which of the keys are here, and their rows; so many keys at a time."""
-        for start in range(0, len(keys), AT_ONCE):
-            high, low = halves(keys.slice(start, AT_ONCE))
+        for high, low in halves_in_lots(keys):
             rows, known = np.zeros(len(high), np.uint64), np.zeros(len(high), dtype=bool)
             for level in self._levels:
                 at = positions_among(level.high, level.low, high, low)

@@ -175,9 +175,7 @@ class KeySet:
         return np.concatenate([np.empty(0, bool), *(at >= 0 for at in self._positions(keys))])
 
     def _positions(self, keys: pa.Array | pa.ChunkedArray) -> Iterator[npt.NDArray[np.int64]]:
-        """Those of so many keys at a time: to look for one takes 60 bytes."""
-        for start in range(0, len(keys), AT_ONCE):
-            high, low = halves(keys.slice(start, AT_ONCE))
+        for high, low in halves_in_lots(keys):
             at = positions_among(self._high, self._low, high, low)
             found = at >= 0
             at[found] = self._position[at[found]]
@@ -264,6 +262,14 @@ def halves(
             high[at : at + len(chunk)], low[at : at + len(chunk)] = numbers.T
             at += len(chunk)
     return high, low
+
+
+def halves_in_lots(
+    keys: pa.Array | pa.ChunkedArray,
+) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]]:
+    """`halves` of so many keys at a time: to look for one takes 60 bytes."""
+    for start in range(0, len(keys), AT_ONCE):
+        yield halves(keys.slice(start, AT_ONCE))
 
 
 def _row_hashes(columns: Sequence[pa.Array]) -> pa.Array:

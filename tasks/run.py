@@ -26,7 +26,7 @@ from tasks.notes import OUTCOMES, About, Call, Refused
 from tasks.params import Config
 from tasks.plan import chunks_of, cost_of, texts_of
 from tasks.providers import Space
-from tasks.publish import Published
+from tasks.publish import Published, publish
 from tasks.quarantine import Quarantine
 from tasks.read.tree import CHANGED
 from tasks.recover import Recovered
@@ -116,6 +116,20 @@ def record_death(folder: RunFolder, calls: Sequence[Call]) -> None:
     record_notes(folder, calls)
     if about := folder.about():
         Ledger(folder.state_uri).record_run(ledger_row(died_report(about, calls)))
+
+
+def publish_found(survey: Survey, filled: Filled, run_id: str) -> Published:
+    """Publish what a run has filled; raises as `publish`."""
+    return publish(
+        rows=filled.rows,
+        deletions=filled.deletions,
+        updates=filled.updates,
+        index=survey.config.index,
+        identity=survey.identity,
+        cache=survey.cache,
+        run_id=run_id,
+        sizes=survey.sizes,
+    )
 
 
 def keep_found(survey: Survey, filled: Filled, published: Published) -> None:

@@ -18,7 +18,7 @@ from tasks.cache import Cache
 from tasks.catalog import ModelFacts, facts_for
 from tasks.compare import Compared, Held, compare, tally
 from tasks.errors import SettingsError, StorageFailed
-from tasks.fill import Filled
+from tasks.fill import Filled, Filling, KnownSizes
 from tasks.fingerprint import Keyed, fingerprint
 from tasks.form import Overrides
 from tasks.index import Identity, generations, identity_of, open_index, require_space
@@ -66,10 +66,18 @@ class Survey:
     compare_s: float
     lookup_s: float
 
-    @property
-    def table_rows(self) -> TableRef | None:
-        """KEYED of a table, whose rows have places; None of files."""
-        return self.keyed.table if self.config.source.kind == "table" else None
+    def filling(self, sizes: KnownSizes, folder: Path) -> Filling:
+        """The second pass; `sizes` of texts and calls, and the staging `folder`."""
+        return Filling(
+            reader=self.reader,
+            changes=self.compared.changes,
+            deletions=self.compared.deletions,
+            packed=self.packed.table,
+            # Rows of a table have places, those of files do not.
+            table_rows=self.keyed.table if self.config.source.kind == "table" else None,
+            sizes=sizes,
+            folder=folder,
+        )
 
     def refused(self, newly: Sequence[Refused]) -> pa.Array:
         """text_hash of every text that is left out: quarantined before, or refused now."""

@@ -22,7 +22,7 @@ import requests
 
 from tasks.claims import Shared, take_up
 from tasks.embed import embed_batch
-from tasks.fill import Filled, Filling
+from tasks.fill import Filled
 from tasks.form import Overrides
 from tasks.index import adopt, held, open_index, vectors_of
 from tasks.journal import RunFolder, fold, unfolded_answers
@@ -32,10 +32,10 @@ from tasks.notes import Call
 from tasks.params import Config, Index
 from tasks.prepare import PLAIN, Preparation
 from tasks.providers.lexical import Lexical
-from tasks.publish import Published, publish, tidy_published
+from tasks.publish import Published, tidy_published
 from tasks.read import ReadNotes, Wanted
 from tasks.recover import Recovered, recover
-from tasks.run import keep_found, keep_scanned
+from tasks.run import keep_found, keep_scanned, publish_found
 from tasks.schemas import BATCH, CHUNKS, TableRef, vectors_schema
 from tasks.sender import Terms, forget_sender, sender_of
 from tasks.survey import Survey, require_safe, survey
@@ -296,15 +296,7 @@ def reindex() -> Callable[..., Ran]:
             found.cache.remember(answer.table for answer in living)
             before_second_pass()
             filled, sent = embed_all(found, folder, die_after)
-            published = publish(
-                rows=filled.rows,
-                deletions=filled.deletions,
-                updates=filled.updates,
-                index=config.index,
-                identity=found.identity,
-                cache=found.cache,
-                run_id=folder.run_id,
-            )
+            published = publish_found(found, filled, folder.run_id)
             folder.forget_notes()
             keep_found(found, filled, published)
             tidy_published(published, filled.rows.rows, config.index, found.cache, folder.run_id)
@@ -316,15 +308,7 @@ def reindex() -> Callable[..., Ran]:
 
 def embed_all(found: Survey, folder: RunFolder, die_after: int | None) -> tuple[Filled, list[str]]:
     terms = Terms(found.provider, folder, 0.0)
-    filling = Filling(
-        reader=found.reader,
-        changes=found.compared.changes,
-        deletions=found.compared.deletions,
-        packed=found.packed.table,
-        table_rows=found.table_rows,
-        sizes=sender_of(terms),
-        folder=folder.staging,
-    )
+    filling = found.filling(sender_of(terms), folder.staging)
     sent, shared = list[str](), Shared()
     for number, batch in enumerate(filling.batches()):
         if number == die_after:

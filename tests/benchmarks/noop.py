@@ -33,13 +33,11 @@ from stages import (
 )
 
 from tasks.embed import embed_batch
-from tasks.fill import Filling
 from tasks.form import Overrides
 from tasks.journal import RunFolder, fold
 from tasks.params import Config
-from tasks.publish import publish
 from tasks.read.stamp import FINE_NS
-from tasks.run import keep_found, keep_scanned
+from tasks.run import keep_found, keep_scanned, publish_found
 from tasks.sender import Terms, sender_of
 from tasks.survey import survey
 
@@ -73,27 +71,11 @@ def run(config: Config) -> str:
     with folder.alive():
         found = survey(config, Overrides(), folder.staging)
         terms = Terms(found.provider, folder, 0.0)
-        filling = Filling(
-            reader=found.reader,
-            changes=found.compared.changes,
-            deletions=found.compared.deletions,
-            packed=found.packed.table,
-            table_rows=found.table_rows,
-            sizes=sender_of(terms),
-            folder=folder.staging,
-        )
+        filling = found.filling(sender_of(terms), folder.staging)
         answers = [embed_batch(batch, terms, attempt=1) for batch in filling.batches()]
         fold(folder, found.cache, [file for answer in answers for file in answer.answers])
         filled = filling.finish(NOTHING)
-        published = publish(
-            rows=filled.rows,
-            deletions=filled.deletions,
-            updates=filled.updates,
-            index=found.config.index,
-            identity=found.identity,
-            cache=found.cache,
-            run_id=folder.run_id,
-        )
+        published = publish_found(found, filled, folder.run_id)
         keep_found(found, filled, published)
         keep_scanned(found, filled)
         folder.forget_notes()
