@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 import tasks.workers
@@ -105,9 +106,15 @@ def database() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def prefect_on_postgres(environment: dict[str, str]) -> Iterator[None]:
-    """Runs of this process report to the server on PostgreSQL."""
+    """Runs of this process report to the server on PostgreSQL.
+
+    Prefect's thread that sends a process's events keeps to the server it first found, and tries
+    for seconds each to send them to one that is gone.
+    """
+    EventsWorker.drain_all()
     with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):
         yield
+        EventsWorker.drain_all()
 
 
 @pytest.fixture(scope="module")
