@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.prefect_server import have_server
-from flows.terminal import CANCELLED, SIGNALS_HERE, bar_on, prefect_log
+from flows.prefect_server import all_told, have_server
+from flows.terminal import CANCELLED, SIGNALS_HERE, bar_on, prefect_log, unheard
 from tasks.errors import UNFORESEEN, EmbedOnceError, SettingsError
 
 if TYPE_CHECKING:
@@ -330,19 +330,34 @@ def smoke() -> None:
 def main() -> None:
     """Run the command; every error ends in plain words on stderr and its exit code."""
     os.environ.setdefault("LANCE_LOG", "error")  # its Rust core warns of things users cannot change
+    with SIGNALS_HERE.heeded():
+        code = _exit_code()
+        with contextlib.suppress(OSError):  # who reads it may be gone
+            sys.stdout.flush()
+        with unheard():  # threads of Prefect tell of each event that a server does not take
+            try:
+                told = all_told()
+            except KeyboardInterrupt:
+                told = False
+            if not told:
+                os._exit(code)
+    sys.exit(code)
+
+
+def _exit_code() -> int:
+    """Run the command; what it ends with."""
     try:
-        with SIGNALS_HERE.heeded():
-            app()
+        app()
     except SystemExit as ended:
         if ended.code == CANCELLED:
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print(
                     "embed-once: cancelled; what was paid for is kept, run again.", file=sys.stderr
                 )
-        raise
+        return ended.code if isinstance(ended.code, int) else 0
     except EmbedOnceError as error:
         print(f"embed-once: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except Exception as error:  # noqa: BLE001 - the last line of defence: nothing ends unexplained
         with tempfile.NamedTemporaryFile(
             "w", prefix="embed-once-", suffix=".log", delete=False
@@ -350,7 +365,8 @@ def main() -> None:
             traceback.print_exc(file=log)
         problem = f"{type(error).__name__}: {error}"
         print(f"embed-once: {UNFORESEEN} ({problem}). Details: {log.name}", file=sys.stderr)
-        sys.exit(EmbedOnceError.exit_code)
+        return EmbedOnceError.exit_code
+    return 0
 
 
 def _require_file(path: Path | None) -> None:

@@ -6,6 +6,7 @@ Ctrl-C of our terminal, so that a run could not tell it how it ended, and stays 
 """
 
 import atexit
+import concurrent.futures
 import contextlib
 import os
 import socket
@@ -14,7 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from typing import IO
+from typing import IO, Any
 
 from flows import tethered
 from tasks.errors import EmbedOnceError
@@ -25,6 +26,8 @@ START_S = 120.0
 STOP_S = 5.0
 """So long it may take to end."""
 LOOK_S = 0.2
+TELL_S = 10.0
+"""So long a server may take in events of a run that has ended before it is asked if it is there."""
 
 
 def have_server(meanwhile: Callable[[], object]) -> None:
@@ -52,6 +55,26 @@ def have_server(meanwhile: Callable[[], object]) -> None:
             "PREFECT_API_URL, or see the log under logs/ in state.uri."
         )
     use_server(url)
+
+
+def all_told() -> bool:
+    """Wait until the server has taken in all events of this process; False where it is gone.
+
+    Prefect waits for that too when Python exits, but tries for seconds to send each event, three
+    a task, to a server that is gone: hours for a large run.
+    """
+    if "prefect.events.worker" not in sys.modules:
+        return True
+    from prefect.client.orchestration import get_client  # noqa: PLC0415
+    from prefect.events.worker import EventsWorker  # noqa: PLC0415
+
+    waited: Any = EventsWorker.drain_all(timeout=TELL_S)
+    while waited[1]:
+        with get_client(sync_client=True) as client:
+            if client.api_healthcheck() is not None:
+                return False
+        waited = concurrent.futures.wait(waited[1], timeout=TELL_S)
+    return True
 
 
 def address(port: int) -> str:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from httpx import HTTPError
 from prefect import flow, get_run_logger
 from prefect.exceptions import CancelledRun
 from prefect.runtime import flow_run
@@ -104,6 +105,12 @@ def run(config: str, overrides: Overrides = Overrides()) -> RunReport:
         return cast("RunReport", reindex(config, overrides))
     except CancelledRun:
         raise KeyboardInterrupt from None
+    except HTTPError as error:
+        raise EmbedOnceError(
+            f"Prefect's server went away during the run ({error}). What was paid for is kept, and "
+            "what was published stands: `embed-once history` tells. Run again when the server is "
+            "back; a run that was at its end has nothing left to do."
+        ) from None
 
 
 def run_frame(config: str, frame: "pd.DataFrame", overrides: Overrides = Overrides()) -> RunReport:
@@ -263,5 +270,11 @@ def _waits_logged() -> Iterator[None]:
 
 
 def _close(report: RunReport, folder: RunFolder) -> None:
-    """Enter the run in the ledger, then show it."""
-    publish_report(report, enter(report, folder))
+    """Enter the run in the ledger, then show it; a server that is gone changes nothing."""
+    calls = enter(report, folder)
+    try:
+        publish_report(report, calls)
+    except HTTPError as error:
+        get_run_logger().warning(
+            "Prefect's server did not take the report of this run, which the ledger has: %s", error
+        )

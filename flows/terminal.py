@@ -115,6 +115,20 @@ def prefect_log(folder: Path, name: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Drop what anybody writes to stderr, also a thread of a library."""
+    sys.stderr.flush()
+    real = os.dup(2)
+    with Path(os.devnull).open("ab") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(real, 2)
+        os.close(real)
+
+
+@contextlib.contextmanager
 def bar_on(console: int) -> Iterator[None]:
     """A progress bar on the real stderr, if that is a terminal."""
     if not os.isatty(console):

@@ -393,6 +393,25 @@ def test_no_process_stays_behind(no_server: Home, way: str) -> None:
         assert no_server.runs()[0]["state"] == "cancelled"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_whose_prefect_server_is_gone_comes_to_its_end(no_server: Home) -> None:
+    no_server.environment["PREFECT_CLIENT_MAX_RETRIES"] = "1"  # each takes a minute by default
+    process = no_server.start()
+    wait_for(lambda: no_server.ok >= 6, 200)
+    (server,) = servers_of(process.pid)
+    os.kill(server, signal.SIGKILL)
+    said = process.communicate(timeout=200)[1]
+    assert process.returncode == 1
+    assert said.startswith("embed-once: Prefect's server went away during the run")
+    assert len(said.splitlines()) == 1
+    assert [run["state"] for run in no_server.runs()] == ["completed"]
+    table = open_index(load_config(no_server.config).index)
+    assert table is not None
+    assert table.count_rows() == TEXTS
+    assert no_server.goes_on()["texts.embedded"] == 0
+
+
 def drained(terminal: int) -> None:
     try:
         while os.read(terminal, 1 << 16):
