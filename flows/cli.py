@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.prefect_server import all_told, have_server
-from flows.terminal import CANCELLED, SIGNALS_HERE, bar_on, prefect_log, unheard
+from flows.prefect_server import have_server, leave
+from flows.terminal import CANCELLED, SIGNALS_HERE, bar_on, prefect_log
 from tasks.errors import UNFORESEEN, EmbedOnceError, SettingsError
 
 if TYPE_CHECKING:
@@ -331,17 +331,7 @@ def main() -> None:
     """Run the command; every error ends in plain words on stderr and its exit code."""
     os.environ.setdefault("LANCE_LOG", "error")  # its Rust core warns of things users cannot change
     with SIGNALS_HERE.heeded():
-        code = _exit_code()
-        with contextlib.suppress(OSError):  # who reads it may be gone
-            sys.stdout.flush()
-        with unheard():  # threads of Prefect tell of each event that a server does not take
-            try:
-                told = all_told()
-            except KeyboardInterrupt:
-                told = False
-            if not told:
-                os._exit(code)
-    sys.exit(code)
+        leave(_exit_code())
 
 
 def _exit_code() -> int:

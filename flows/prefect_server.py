@@ -15,9 +15,10 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from flows import tethered
+from flows.terminal import unheard
 from tasks.errors import EmbedOnceError
 
 HOST = "127.0.0.1"
@@ -57,12 +58,26 @@ def have_server(meanwhile: Callable[[], object]) -> None:
     use_server(url)
 
 
-def all_told() -> bool:
-    """Wait until the server has taken in all events of this process; False where it is gone.
+def leave(code: int) -> NoReturn:
+    """Exit with `code` once the server has taken in all events of this process, or is gone.
 
     Prefect waits for that too when Python exits, but tries for seconds to send each event, three
     a task, to a server that is gone: hours for a large run.
     """
+    with contextlib.suppress(OSError):  # who reads it may be gone
+        sys.stdout.flush()
+    with unheard():  # its threads tell of each event that is not taken
+        try:
+            told = _all_told()
+        except KeyboardInterrupt:
+            told = False
+        if not told:
+            os._exit(code)
+    sys.exit(code)
+
+
+def _all_told() -> bool:
+    """Wait until the server has taken in all events; False where it is gone."""
     if "prefect.events.worker" not in sys.modules:
         return True
     from prefect.client.orchestration import get_client  # noqa: PLC0415
