@@ -24,7 +24,9 @@ PRIMARY_KEY = {b"lance-schema:unenforced-primary-key": b"true"}
 Without it five processes upserting the same 100 keys left 500 rows and no error.
 """
 WINDOW_ROWS = 8192
-"""Rows of one query where a whole table is read with its vectors."""
+"""Most rows of one query where a whole table is read with its vectors."""
+WINDOW_BYTES = 64 * 2**20
+"""Most bytes of whole rows of one query, as they lie on disk, where texts take about a half."""
 
 Wanted = Callable[[pa.Array], npt.NDArray[np.bool_]]
 """For each value of a column whether its row is wanted."""
@@ -204,7 +206,7 @@ def read_located(table: Table, columns: Sequence[str]) -> Iterator[pa.RecordBatc
     One query for all of it reads ahead further than it is followed: 300k vectors of 256
     floats took 366 MB, in windows 172 MB however many there are.
     """
-    for query in _windows(table, columns):
+    for query in _windows(table, columns, WINDOW_ROWS):
         yield from query.with_row_id(True).to_batches(WINDOW_ROWS)
 
 
@@ -219,19 +221,30 @@ def read_where(
         wanted: Says so for each of its values.
         columns: What is read of the rows; all if None.
     """
-    for keys, rows in zip(_windows(table, [key]), _windows(table, columns), strict=True):
+    at_once = WINDOW_ROWS
+    if columns is None:
+        row = max(1, data_bytes(table) // max(1, table.count_rows()))
+        at_once = min(WINDOW_ROWS, max(1, WINDOW_BYTES // row))
+    windows = (_windows(table, each, at_once) for each in ([key], columns))
+    for keys, rows in zip(*windows, strict=True):
         keep = wanted(keys.to_arrow().column(key).combine_chunks())
         if keep.any():
             yield from rows.to_arrow().filter(pa.array(keep)).to_batches()
 
 
-def _windows(table: Table, columns: Sequence[str] | None) -> Iterator[Any]:
-    """Queries, each for the next rows of `table`."""
-    for start in range(0, table.count_rows(), WINDOW_ROWS):
+def data_bytes(table: Table) -> int:
+    """Bytes on disk of the columns of the newest version; search indexes do not count."""
+    newest = max(table.list_versions(), key=lambda entry: entry["version"])
+    return int(newest["metadata"]["total_files_size"])
+
+
+def _windows(table: Table, columns: Sequence[str] | None, at_once: int) -> Iterator[Any]:
+    """Queries, each for the next `at_once` rows of `table`."""
+    for start in range(0, table.count_rows(), at_once):
         query = table.search()
         if columns is not None:
             query = query.select(list(columns))
-        yield query.limit(WINDOW_ROWS).offset(start)
+        yield query.limit(at_once).offset(start)
 
 
 def quoted(text: str) -> str:

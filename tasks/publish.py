@@ -25,7 +25,7 @@ from tasks.index import (
     tag_generation,
 )
 from tasks.keys import KeySet, digest_column, first_of_each
-from tasks.lance import quoted, read_where, writing
+from tasks.lance import data_bytes, quoted, read_where, writing
 from tasks.memory import MOST, Sizes
 from tasks.params import Index
 from tasks.schemas import DELETIONS, HASH, TableRef, metadata_fields, rows_schema
@@ -207,9 +207,8 @@ def _bytes(table: Table, vector_bytes: int) -> int:
     deletion, whatever the table, and with one 500, 710 and 1,150 MB for 50, 100 and 200 thousand.
     What is no vector lies compressed on disk, texts to about a half.
     """
-    newest = table.list_versions()[-1]["metadata"]
-    vectors = vector_bytes * int(newest["total_rows"])
-    return vectors + 2 * max(0, int(newest["total_files_size"]) - vectors)
+    vectors = vector_bytes * table.count_rows()
+    return vectors + 2 * max(0, data_bytes(table) - vectors)
 
 
 def _create(

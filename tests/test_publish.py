@@ -1,22 +1,26 @@
 """Publish leaves exactly the corpus, each row with its own vector, in one version or in none."""
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lancedb
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lancedb.table import Table
 
+import tasks.lance
 import tasks.publish
 from tasks.cache import Cache
 from tasks.errors import CorpusError, EmbedOnceError
 from tasks.index import Identity, generations, open_index
 from tasks.keys import NO_DOCUMENT, text_hash
+from tasks.lance import read_where
 from tasks.memory import MOST, Sizes
 from tasks.params import Index
 from tasks.providers.lexical import Lexical
@@ -207,6 +211,21 @@ def test_the_size_of_what_changed_decides_between_merge_and_overwrite(
     assert shelf.publish(row("a", "one"), row("b", "two")).way == "merge"
     assert shelf.publish(row("a", "six"), row("b", "ten"), row("c", "red")).way == "overwrite"
     shelf.holds(row("a", "six"), row("b", "ten"), row("c", "red"))
+
+
+def test_a_table_of_long_texts_is_copied_a_few_rows_at_a_time(
+    shelf: Shelf, always_overwrite: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = [
+        row(f"{number:02}", random.Random(number).randbytes(20_000).hex()) for number in range(40)
+    ]
+    shelf.publish(*long)
+    monkeypatch.setattr(tasks.lance, "WINDOW_BYTES", 12 * 20_000)  # they compress to that
+    read = list(read_where(shelf.table(), "id", lambda ids: np.ones(len(ids), np.bool_)))
+    assert sum(batch.num_rows for batch in read) == 40
+    assert max(batch.num_rows for batch in read) <= 12
+    assert shelf.publish(row("00", "short"), delete=("07",)).way == "overwrite"
+    shelf.holds(row("00", "short"), *long[1:7], *long[8:])
 
 
 def test_a_merge_that_would_hold_too_large_a_table_is_none(shelf: Shelf) -> None:

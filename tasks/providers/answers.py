@@ -1,6 +1,6 @@
 """What the answers of APIs for embeddings have in common."""
 
-import binascii
+import pybase64
 
 
 def billed_tokens(answer: object) -> int:
@@ -18,6 +18,6 @@ def numbers_in_base64(embedding: object) -> bytes:
     if not isinstance(embedding, str):
         return b""
     try:
-        return binascii.a2b_base64(embedding, strict_mode=True)
+        return pybase64.b64decode(embedding, validate=True)
     except ValueError:
         return b""

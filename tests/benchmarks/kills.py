@@ -139,13 +139,20 @@ def rows(numbers: range) -> Rows:
 
 @dataclass(frozen=True)
 class Scene:
-    """A change of the corpus, and how its new generation is published."""
+    """A change of the corpus, and how its new generation is published.
+
+    Attributes:
+        kind: Of the source.
+        way: How its new generation is published.
+        less: Whether chunks leave and nothing else changes.
+    """
 
     kind: Literal["files", "table"]
     way: Literal["create", "add", "merge", "overwrite"]
+    less: bool = False
 
     def __str__(self) -> str:
-        return f"{self.kind}, {self.way}"
+        return f"{self.kind}, {'delete' if self.less else self.way}"
 
     @property
     def before(self) -> Documents | Rows | None:
@@ -170,6 +177,8 @@ class Scene:
             return same | moved | edited | documents(range(80, 95))
         if self.way in {"create", "add"}:
             return rows(range(300))
+        if self.less:
+            return [row for number, row in enumerate(rows(range(300))) if number % 11]
         changed = rows(range(330))
         for number, row in enumerate(changed):
             if number % 5 == 0:
@@ -189,6 +198,7 @@ SCENES = [
     Scene("files", "merge"),
     Scene("table", "create"),
     Scene("table", "add"),
+    Scene("table", "merge", less=True),
 ]
 
 
@@ -712,7 +722,7 @@ class Bench:
 
     def scene(self, scene: Scene) -> Known:
         """Run `scene` once without disturbing it, and build its end from nothing too."""
-        name = f"{scene.kind}-{scene.way}"
+        name = str(scene).replace(", ", "-")
         home, before = Home(self.folder / name, scene, self.address), NO_INDEX
         if scene.before is not None:
             home.write(scene.before)
@@ -762,7 +772,8 @@ def sweep(moments: int, seed: int, folder: Path) -> Iterator[Moment]:
         bench = Bench(folder, address, Reader(), seconds_of_a_run(folder / "timed", address))
         for number in range(moments):
             dice = random.Random(f"{seed}/{number}")
-            scene = SCENES[number % len(SCENES)]
+            # Each round of phases meets the scenes one further on.
+            scene = SCENES[(number + number // len(FIRST)) % len(SCENES)]
             if scene not in known:
                 known[scene] = bench.scene(scene)
             aims = [FIRST[number % len(FIRST)]]
