@@ -66,20 +66,19 @@ def leave(code: int) -> NoReturn:
     """
     with contextlib.suppress(OSError):  # who reads it may be gone
         sys.stdout.flush()
-    with unheard():  # its threads tell of each event that is not taken
-        try:
-            told = _all_told()
-        except KeyboardInterrupt:
-            told = False
-        if not told:
-            os._exit(code)
+    if "prefect.events.worker" in sys.modules:
+        with unheard():  # its threads tell of each event that is not taken
+            try:
+                told = _all_told()
+            except KeyboardInterrupt:
+                told = False
+            if not told:
+                os._exit(code)
     sys.exit(code)
 
 
 def _all_told() -> bool:
     """Wait until the server has taken in all events; False where it is gone."""
-    if "prefect.events.worker" not in sys.modules:
-        return True
     from prefect.client.orchestration import get_client  # noqa: PLC0415
     from prefect.events.worker import EventsWorker  # noqa: PLC0415
 

@@ -107,7 +107,7 @@ def run(config: str, overrides: Overrides = Overrides()) -> RunReport:
         raise KeyboardInterrupt from None
     except HTTPError as error:
         raise EmbedOnceError(
-            f"Prefect's server went away during the run ({error}). What was paid for is kept, and "
+            f"Prefect's server does not answer ({error}). What was paid for is kept, and "
             "what was published stands: `embed-once history` tells. Run again when the server is "
             "back; a run that was at its end has nothing left to do."
         ) from None

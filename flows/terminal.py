@@ -117,7 +117,8 @@ def prefect_log(folder: Path, name: str) -> Iterator[int]:
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
     """Drop what anybody writes to stderr, also a thread of a library."""
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        sys.stderr.flush()
     real = os.dup(2)
     with Path(os.devnull).open("ab") as nowhere:
         os.dup2(nowhere.fileno(), 2)
