@@ -64,8 +64,6 @@ def leave(code: int) -> NoReturn:
     Prefect waits for that too when Python exits, but tries for seconds to send each event, three
     a task, to a server that is gone: hours for a large run.
     """
-    with contextlib.suppress(OSError):  # who reads it may be gone
-        sys.stdout.flush()
     if "prefect.events.worker" in sys.modules:
         with unheard():  # its threads tell of each event that is not taken
             try:

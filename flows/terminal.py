@@ -88,28 +88,19 @@ def prefect_log(folder: Path, name: str) -> Iterator[int]:
     """
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     log = new_log(folder, name)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    real_out, real_err = os.dup(1), os.dup(2)
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
     problem = ""
-    try:
-        SIGNALS_HERE.console = real_err
-        yield real_err
-    except EmbedOnceError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the last line of defence: nothing ends unexplained
-        traceback.print_exc()
-        problem = f"{type(error).__name__}: {error}"
-    finally:
-        # The temporary server is stopped when Python exits, and says so.
-        logging.getLogger("prefect").setLevel(logging.WARNING)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(real_out, 1)
-        os.dup2(real_err, 2)
+    with _turned(log, 1, 2) as (_, real_err):
+        try:
+            SIGNALS_HERE.console = real_err
+            yield real_err
+        except EmbedOnceError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the last line of defence: nothing ends unexplained
+            traceback.print_exc()
+            problem = f"{type(error).__name__}: {error}"
+        finally:
+            # The temporary server is stopped when Python exits, and says so.
+            logging.getLogger("prefect").setLevel(logging.WARNING)
     if problem:
         raise EmbedOnceError(f"{UNFORESEEN} ({problem}). Details: {log}")
 
@@ -117,16 +108,30 @@ def prefect_log(folder: Path, name: str) -> Iterator[int]:
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
     """Drop what anybody writes to stderr, also a thread of a library."""
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        sys.stderr.flush()
-    real = os.dup(2)
-    with Path(os.devnull).open("ab") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
+    with _turned(Path(os.devnull), 2):
         yield
+
+
+@contextlib.contextmanager
+def _turned(file: Path, *descriptors: int) -> Iterator[list[int]]:
+    """Have `descriptors` lead to the end of `file`; yields what they were, which stays open."""
+    _flush()
+    real = [os.dup(each) for each in descriptors]
+    with file.open("ab") as opened:
+        for each in descriptors:
+            os.dup2(opened.fileno(), each)
+    try:
+        yield real
     finally:
-        os.dup2(real, 2)
-        os.close(real)
+        _flush()
+        for each, own in zip(descriptors, real, strict=True):
+            os.dup2(own, each)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # who reads it may be gone
+            stream.flush()
 
 
 @contextlib.contextmanager
