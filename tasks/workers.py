@@ -158,18 +158,27 @@ class _ByDask:
         self._client.cancel(given_up, force=True)
 
     def _answer_of(self, future: Any) -> Answer:
+        without_s = 0
         while True:
             try:
-                return cast("Answer", future.result(timeout=WORKERS_S))
+                return cast("Answer", future.result(timeout=ANSWER_S))
             except TimeoutError as late:
                 if future.done():  # just now, or the error is the call's own
                     return cast("Answer", future.result())
-                with _scheduler_there():
-                    workers = self._client.nthreads()
-                if not workers:
+                without_s = 0 if self._any_worker() else without_s + ANSWER_S
+                if without_s >= WORKERS_S:
                     raise ProviderBusy(
                         f"Dask has had no worker for {WORKERS_S} s.", retry_after=None
                     ) from late
+
+    def _any_worker(self) -> bool:
+        # A call that was made while the client sought its scheduler is told of nothing: it is
+        # asked here, and a client that has given up has none.
+        scheduler = self._client.scheduler
+        if scheduler is None:
+            raise _no_scheduler("its client is closed")
+        with _scheduler_there():
+            return bool(self._client.sync(scheduler.ncores))
 
 
 @contextmanager
@@ -181,10 +190,14 @@ def _scheduler_there() -> Iterator[None]:
     try:
         yield
     except (ClosedClientError, CommClosedError, OSError) as error:
-        raise ProviderDenied(
-            f"The scheduler of Dask is gone ({type(error).__name__}: {error}). What was paid for "
-            "is kept; start it, then run again."
-        ) from error
+        raise _no_scheduler(f"{type(error).__name__}: {error}") from error
+
+
+def _no_scheduler(why: str) -> ProviderDenied:
+    return ProviderDenied(
+        f"The scheduler of Dask is gone ({why}). What was paid for is kept; start it, then run "
+        "again."
+    )
 
 
 def _embedded(provider: Provider, texts: list[str], release: str) -> Answer:
