@@ -4,7 +4,6 @@ Answers are folded into the cache in groups as they come in, failures are kept f
 """
 
 import itertools
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -20,7 +19,7 @@ from tasks.claims import Shared, take_up
 from tasks.embed import RETRIES, Embedded, embed_batch, retry_when_busy
 from tasks.errors import BudgetReached, EmbedOnceError, RunStopped, StorageFailed
 from tasks.fill import Filled
-from tasks.journal import RunFolder, fold
+from tasks.journal import RunFolder, StoredAnswer, fold
 from tasks.limiter import LimiterStatistics
 from tasks.notes import Refused
 from tasks.progress import Progress, listening, tell
@@ -144,8 +143,10 @@ class _Collected:
         self._folder = folder
         self._found = found
         self._sender = sender
-        self._unfolded: list[str] = []
-        self._folding = threading.Lock()
+        self._brought: dict[int, list[StoredAnswer]] = {}
+        self._unfolded: list[StoredAnswer] = []
+        self._fold: Aside[None] | None = None
+        sender.arrived = self._arrived
         self._waiting = 0
         self._done = 0
         self.shared = Shared()
@@ -167,18 +168,34 @@ class _Collected:
             if len(self.flying) <= down_to:
                 return
 
+    def _arrived(self, answer: StoredAnswer) -> None:
+        self._brought.setdefault(answer.call.batch, []).append(answer)
+
     def _keep(self, outcome: Embedded) -> None:
-        self._unfolded += outcome.answers
+        # Not sooner: a retry of the batch looks for its own answers in the journal.
+        self._unfolded += self._brought.pop(outcome.batch, ())
         self.refused += outcome.refused
         self.shared.add(outcome.found, outcome.found_tokens)
         self._waiting += outcome.texts * self._found.provider.space.vector_bytes
         self._done += outcome.texts + len(outcome.refused) + len(outcome.found)
         tell(Progress("embedding", self._done, self._found.packed.texts))
         if self._waiting >= self._found.sizes.folded:
-            with self.ending_the_run(), self._folding:
-                if not self._sender.stopped:  # else all is folded at the end
-                    fold(self._folder, self._found.cache, self._unfolded)
-            self._unfolded, self._waiting = [], 0
+            self._fold_aside()
+
+    def _fold_aside(self) -> None:
+        """Fold what has come while more comes in; no more than one such group is ahead."""
+        if self._fold is not None:
+            self._fold.wait()
+        if self._sender.stopped:  # then all is folded at the end
+            return
+        answers, self._unfolded, self._waiting = self._unfolded, [], 0
+
+        def work() -> None:
+            with self.ending_the_run():
+                fold(self._folder, self._found.cache, answers)
+
+        self._fold = Aside(work)
+        self._fold.start()
 
     @contextmanager
     def ending_the_run(self) -> Iterator[None]:
@@ -198,8 +215,10 @@ class _Collected:
         Raises:
             EmbedOnceError: The cache cannot be written; the answers stay in the journal.
         """
-        with self._folding:
-            fold(self._folder, self._found.cache)
+        if self._fold is not None:
+            self._fold.result()
+        fold(self._folder, self._found.cache, list(self._unfolded))
+        fold(self._folder, self._found.cache)
 
     def finish(self) -> None:
         """Fold the rest, of batches that failed too, then say what failed."""

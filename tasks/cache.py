@@ -28,6 +28,7 @@ from tasks.lance import (
     read_located,
     reading,
     sync_table,
+    table_lock,
     writing,
 )
 from tasks.providers import Space
@@ -191,20 +192,24 @@ class Cache:
             return 0
         schema = vectors_schema(self.space.vector_type)
         new = pa.concat_tables([table.cast(schema) for table in tables])
-        self.refresh()
         # What is all new, as it mostly is, is not copied.
         if len(first := first_of_each(new.column("text_hash"))) < new.num_rows:
             new = new.take(pa.array(first))
-        if (held := self.holds(new.column("text_hash"))).any():
-            new = new.filter(pa.array(~held))
-        if not new.num_rows:
-            return 0
+        self.refresh()
         with writing(self._told):
             if self._table is None or REMEMBERED_AT.name not in self._table.schema.names:
                 self._table = make_table(self._uri, self.name, self._schema())
+        with table_lock(self._uri, self.name, "remembering vectors"):
+            self.refresh()  # from here on nobody else adds any
+            if (held := self.holds(new.column("text_hash"))).any():
+                new = new.filter(pa.array(~held))
+            if not new.num_rows:
+                return 0
             now = pa.scalar(datetime.now(tz=UTC), REMEMBERED_AT.type)
             new = new.append_column(REMEMBERED_AT, pa.repeat(now, new.num_rows))
-            self._table.merge_insert("text_hash").when_not_matched_insert_all().execute(new)
+            with writing(self._told):
+                # A merge would need no lock, but twice the time and some times the memory.
+                self._table.add(new)
         self.refresh()
         return int(new.num_rows)
 

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -56,7 +56,6 @@ class Embedded:
 
     Attributes:
         batch: Its number, from 1.
-        answers: Their names in the journal.
         texts: Texts embedded.
         refused: Texts that no call will embed.
         found: text_hash of those that other runs have paid for meanwhile.
@@ -64,7 +63,6 @@ class Embedded:
     """
 
     batch: int
-    answers: tuple[str, ...]
     texts: int
     refused: tuple[Refused, ...]
     found: pa.Array
@@ -137,13 +135,12 @@ class _Embedding:
         self._answers = self._sender.answers
         self._suspects: list[tuple[Part, str]] = []
         self._refused: list[Refused] = []
-        self._written: list[str] = []
         self._put_off: list[pa.Table] = []
         self._found: list[pa.Table] = []
 
     def run(self) -> Embedded:
         rows = self._unanswered(self._batch.table.load(BATCH))
-        todo = deque([Part.of(rows, self._cause)])
+        todo = deque([self._part(rows)])
         try:
             while todo or self._put_off:
                 part = todo.popleft() if todo else self._let_go_by_others()
@@ -157,21 +154,24 @@ class _Embedding:
         found = pa.concat_tables([BATCH.empty_table(), *self._found])
         return Embedded(
             self._batch.number,
-            tuple(self._written),
             texts=self._batch.table.rows - len(self._refused) - found.num_rows,
             refused=tuple(self._refused),
             found=found.column("text_hash").combine_chunks(),
             found_tokens=pc.sum(found.column("tokens")).as_py() or 0,
         )
 
+    def _part(self, rows: pa.Table) -> Part:
+        """All of `rows`, measured once: before its turn, in which nobody else can send."""
+        texts = rows.column("text").combine_chunks()
+        return Part(rows, self._cause, texts.to_pylist(), self._sender.sizes(texts))
+
     def _unanswered(self, rows: pa.Table) -> pa.Table:
         """The rows that no earlier attempt has settled."""
         if self._attempt == 1:
             return rows
-        self._written = self._folder.answers_of(self._batch.number)
         known = [
             answer.table.column("text_hash").combine_chunks()
-            for name in self._written
+            for name in self._folder.answers_of(self._batch.number)
             if (answer := read_answer(self._folder, name)) is not None
         ]
         refused = self._folder.refused().get(self._provider.space.id, {})
@@ -197,17 +197,17 @@ class _Embedding:
                     piece, rest, tokens = self._claimed(part)
                     if not len(piece):
                         return rest
-                    if (affordable := self._sender.affordable(piece.texts)) < len(piece):
+                    if (affordable := self._sender.affordable(piece.sizes)) < len(piece):
                         piece, unaffordable = piece.cut(affordable)
-                        rest, tokens = unaffordable + rest, self._sender.fitting(piece.texts)[1]
+                        rest, tokens = unaffordable + rest, self._sender.fitting(piece.sizes)[1]
                     turn = stack.enter_context(self._turn(len(piece), tokens, since))
                 vectors, call = self._call(piece.texts, piece.cause, turn)
                 # Still in its turn: what a kill may cost is what calls in flight hold.
                 hashes = piece.rows.column("text_hash").combine_chunks()
                 space = self._provider.space
-                name = self._folder.write_answer(hashes, vectors, space, call)
+                answer = self._folder.write_answer(hashes, vectors, space, call)
         except ProviderThrottled:
-            return [Part(piece.rows, "wait", piece.texts), *rest]
+            return [replace(piece, cause="wait"), *rest]
         except BatchTooLarge as error:
             return self._split(piece, error) + rest
         except BatchRefused as error:
@@ -220,15 +220,14 @@ class _Embedding:
             denied = ProviderDenied(str(error))  # nobody has ever been there
             self._sender.stop(denied)
             raise denied from None
-        self._written.append(name)
-        self._sender.arrived(name, call, hashes, vectors)
+        self._sender.arrived(answer)
         self._sender.works()
-        self._sender.learn(piece.texts, call.tokens_billed)
+        self._sender.learn(piece.sizes, call.tokens_billed)
         return rest
 
     def _claimed(self, part: Part) -> tuple[Part, list[Part], int]:
         """What of `part` this run may send in one call, what comes after it, and its tokens."""
-        fits, tokens = self._sender.fitting(part.texts)
+        fits, tokens = self._sender.fitting(part.sizes)
         piece, rest = part.cut(fits)
         if self._terms.anew:
             return piece, rest, tokens
@@ -237,7 +236,7 @@ class _Embedding:
         if standing.free.all():
             return piece, rest, tokens
         piece = self._sorted(piece, standing)
-        return piece, rest, self._sender.fitting(piece.texts)[1]
+        return piece, rest, self._sender.fitting(piece.sizes)[1]
 
     def _sorted(self, part: Part, standing: Standing) -> Part:
         """What is free of `part`; what is found is noted, and what is taken put off."""
@@ -250,7 +249,7 @@ class _Embedding:
         """What another run had claimed and has not embedded; waits until any of it is settled."""
         rows, self._put_off = pa.concat_tables(self._put_off), []
         standing = self._sender.wait_for_others(rows.column("text_hash").combine_chunks())
-        return self._sorted(Part.of(rows, self._cause), standing)
+        return self._sorted(self._part(rows), standing)
 
     @contextmanager
     def _turn(self, texts: int, tokens: int, since: float) -> Iterator[_Turn]:
@@ -306,7 +305,7 @@ class _Embedding:
     def _split(self, part: Part, error: BatchTooLarge) -> list[Part]:
         """Send less at once, by what the provider has just said, or else the half."""
         counted = error.facts.get("tokens")
-        self._sender.too_large(part.texts, counted, error.facts.get("learned", Learned()))
+        self._sender.too_large(part.sizes, counted, error.facts.get("learned", Learned()))
         if len(part) == 1:
             # By the provider's own count it is the text; by the account's quota it may pass later.
             reason = str(error)
@@ -314,8 +313,8 @@ class _Embedding:
                 reason += " Cut the text shorter, or see limits.tier and limits.tokens_per_minute."
             self._refuse(part, reason, lasting=counted is not None)
             return []
-        if self._sender.fitting(part.texts)[0] < len(part):
-            return [Part(part.rows, "split", part.texts)]  # cut when its turn comes
+        if self._sender.fitting(part.sizes)[0] < len(part):
+            return [replace(part, cause="split")]  # cut when its turn comes
         return part.halves("split")
 
     def _isolate(self, part: Part, error: BatchRefused) -> list[Part]:
@@ -368,7 +367,7 @@ class _Embedding:
             try:
                 with ExitStack() as stack:
                     with self._sender.turn:
-                        _, tokens = self._sender.fitting([PROOF])
+                        _, tokens = self._sender.fitting(self._sender.sizes(pa.array([PROOF])))
                         turn = stack.enter_context(self._turn(1, tokens, time.perf_counter()))
                     _, call = self._call([PROOF], "proof", turn)
             except ProviderThrottled:

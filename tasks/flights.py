@@ -19,7 +19,7 @@ from tasks.cache import Cache
 from tasks.claims import take_up
 from tasks.embed import embed_with_retries
 from tasks.errors import RunStopped, StorageFailed
-from tasks.journal import fold
+from tasks.journal import StoredAnswer, fold
 from tasks.keys import hash_column
 from tasks.memory import most_texts
 from tasks.notes import Call, Refused
@@ -110,8 +110,8 @@ class Flights:
         self._lock = threading.Lock()
         self._flying: dict[bytes, Flight] = {}
         self._waiting: OrderedDict[int, deque[tuple[Flight, pa.Table]]] = OrderedDict()
-        self._brought: dict[int, list[tuple[str, dict[bytes, Vectors]]]] = {}
-        self._unfolded: dict[str, None] = {}
+        self._brought: dict[int, list[StoredAnswer]] = {}
+        self._unfolded: list[StoredAnswer] = []
         self._folding = threading.Lock()
 
     def take_off(self, texts: Mapping[bytes, str]) -> TakenOff:
@@ -263,10 +263,9 @@ class Flights:
         self.failed = error
         self.sender.stop(RunStopped(str(error)))
 
-    def _arrived(self, name: str, call: Call, hashes: pa.Array, vectors: Vectors) -> None:
-        """Keep the vectors of an answer, which is in the journal by now."""
-        rows = dict(zip(hashes.to_pylist(), vectors, strict=True))
-        self._brought.setdefault(call.batch, []).append((name, rows))
+    def _arrived(self, answer: StoredAnswer) -> None:
+        """Keep an answer, which is in the journal by now."""
+        self._brought.setdefault(answer.call.batch, []).append(answer)
 
     def _taken(self, number: int) -> dict[bytes, Vectors]:
         """The vectors a batch has brought, kept until they are folded.
@@ -275,11 +274,12 @@ class Flights:
         """
         vectors: dict[bytes, Vectors] = {}
         brought = self._brought.get(number, [])
-        for _, rows in brought:
-            vectors |= rows
+        for answer in brought:
+            hashes, found = (answer.table.column(name) for name in ("text_hash", "vector"))
+            vectors |= dict(zip(hashes.to_pylist(), numbers(found), strict=True))
         with self._lock:
             self.landed |= vectors
-            self._unfolded |= dict.fromkeys(name for name, _ in brought)
+            self._unfolded += brought
         return vectors
 
     def _fold_if_due(self) -> None:
@@ -289,11 +289,10 @@ class Flights:
             if not self._fold_is_due():  # another thread has done it
                 return
             with self._lock:
-                names, folded = list(self._unfolded), list(self.landed)
-            fold(self._terms.folder, self._cache, names)
+                answers, folded = list(self._unfolded), list(self.landed)
+            fold(self._terms.folder, self._cache, answers)
             with self._lock:
-                for name in names:
-                    del self._unfolded[name]
+                del self._unfolded[: len(answers)]
                 for each in folded:
                     del self.landed[each]
 

@@ -111,7 +111,9 @@ class RunFolder:
         self.files.delete_all(self._path())
         storage_at(self.state_uri).delete([self.lock])
 
-    def write_answer(self, hashes: pa.Array, vectors: Vectors, space: Space, call: Call) -> str:
+    def write_answer(
+        self, hashes: pa.Array, vectors: Vectors, space: Space, call: Call
+    ) -> "StoredAnswer":
         """Make an answer durable; it survives a kill from the moment this returns.
 
         Args:
@@ -121,7 +123,7 @@ class RunFolder:
             call: The call that brought them.
 
         Returns:
-            Its name.
+            What is stored, over the memory of `vectors`.
 
         Raises:
             StorageFailed: The state takes it not; the message says what became of it.
@@ -135,13 +137,12 @@ class RunFolder:
             CALL: json.dumps(asdict(call)).encode(),
             CHECKSUM: _checksum(answer),
         }
-        answer = answer.replace_schema_metadata(metadata)
         written = pa.BufferOutputStream()
-        with pa.ipc.new_file(written, answer.schema) as writer:
-            writer.write_batch(answer)
+        with pa.ipc.new_file(written, answer.schema.with_metadata(metadata)) as writer:
+            writer.write_batch(answer.replace_schema_metadata(metadata))
         name = self._path("answers", "{:08d}-{:02d}-{:05d}.arrow".format(*call.key))
         self.files.write(name, written.getvalue(), call.texts)
-        return name
+        return StoredAnswer(name, pa.Table.from_batches([answer]), space, call)
 
     def answers_of(self, batch: int) -> list[str]:
         """Names of this batch's answers; a batch that was split has several."""
@@ -257,6 +258,7 @@ def _starting(state_uri: str, run_id: str) -> Iterator[None]:
 class StoredAnswer:
     """An answer as the journal keeps it: vectors_schema rows, their space and their call."""
 
+    name: str
     table: pa.Table
     space: Space
     call: Call
@@ -280,14 +282,19 @@ def read_answer(folder: RunFolder, name: str) -> StoredAnswer | None:
             return None
     except (OSError, pa.ArrowInvalid, KeyError, ValueError, TypeError):
         return None
-    return StoredAnswer(table, space, call)
+    return StoredAnswer(name, table, space, call)
 
 
-def fold(folder: RunFolder, cache: Cache, names: Iterable[str] | None = None) -> int:
+def fold(folder: RunFolder, cache: Cache, answers: Iterable[StoredAnswer] | None = None) -> int:
     """Move answers of the cache's space into it, in one commit; then the files go.
 
     Their calls are written down first. Killed between any two steps, a run leaves nothing
     uncounted, and nothing that is counted twice.
+
+    Args:
+        folder: Of the run, with its journal.
+        cache: Where to.
+        answers: Those of the journal that are at hand; None: all, read from there.
 
     Returns:
         Vectors added to the cache.
@@ -295,17 +302,16 @@ def fold(folder: RunFolder, cache: Cache, names: Iterable[str] | None = None) ->
     Raises:
         EmbedOnceError: Cache or journal cannot be written; the answers stay.
     """
-    chosen = list(folder.answers if names is None else names)
-    answers = [(name, read_answer(folder, name)) for name in chosen]
-    mine = [(name, answer) for name, answer in answers if answer and answer.space == cache.space]
+    found = (read_answer(folder, name) for name in folder.answers) if answers is None else answers
+    mine = [answer for answer in found if answer and answer.space == cache.space]
     if not mine:
         return 0
-    calls = [answer.call for _, answer in mine]
+    calls = [answer.call for answer in mine]
     folder.note(*calls)
-    added = cache.remember(answer.table for _, answer in mine)
+    added = cache.remember(answer.table for answer in mine)
     # Whoever committed them, it was after the first of these calls.
     cache.sync(min(datetime.fromisoformat(call.started_at).timestamp() for call in calls))
-    folder.files.delete(name for name, _ in mine)
+    folder.files.delete(answer.name for answer in mine)
     return added
 
 

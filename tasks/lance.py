@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,18 @@ def make_table(uri: str, name: str, schema: pa.Schema) -> Table:
     table = open_table(uri, name)
     if table is not None and not _lacking(table, schema):
         return table
-    with storage_at(uri).held(f"{name}.lock", f"making the table {name}", wait_s=math.inf):
+    with table_lock(uri, name, "making the table"):
         table = open_table(uri, name)
         if table is None:
             return lancedb.connect(uri).create_table(name, schema=schema, exist_ok=True)
         if lacking := _lacking(table, schema):
             table.add_columns(pa.schema([field.with_nullable(True) for field in lacking]))
         return table
+
+
+def table_lock(uri: str, name: str, what_for: str) -> AbstractContextManager[object]:
+    """Held by who makes the table or adds what nobody else may add meanwhile; others wait."""
+    return storage_at(uri).held(f"{name}.lock", f"{what_for} {name}", wait_s=math.inf)
 
 
 def _lacking(table: Table, schema: pa.Schema) -> list[pa.Field]:

@@ -16,23 +16,22 @@ class Part:
         rows: BATCH.
         cause: As in `Call`.
         texts: Those of the rows, in their order.
+        sizes: What the tokens of each of them follow from, by the provider's estimate.
     """
 
     rows: pa.Table
     cause: str
     texts: list[str] = field(repr=False)
-
-    @classmethod
-    def of(cls, rows: pa.Table, cause: str) -> "Part":
-        """All of `rows`."""
-        return cls(rows, cause, rows.column("text").to_pylist())
+    sizes: npt.NDArray[np.int32] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def take(self, positions: Sequence[int] | npt.NDArray[np.int64], cause: str) -> "Part":
         """The rows at these positions."""
-        return Part.of(self.rows.take(pa.array(positions, pa.int64())), cause)
+        at = np.asarray(positions, np.int64)
+        texts = [self.texts[each] for each in at.tolist()]
+        return Part(self.rows.take(pa.array(at)), cause, texts, self.sizes[at])
 
     def cut(self, count: int) -> tuple["Part", list["Part"]]:
         """The first `count` rows, and the rest if there is any."""

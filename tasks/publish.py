@@ -13,6 +13,7 @@ import lancedb
 import pyarrow as pa
 from lancedb.table import Table
 
+from tasks.aside import one_ahead
 from tasks.cache import Cache
 from tasks.errors import CorpusError, EmbedOnceError
 from tasks.index import (
@@ -110,7 +111,8 @@ def publish(
         writes = None if way == "overwrite" else rows.rows
         make_room(index, cache, run_id, writes=writes, leaves=replaced)
     table = open_index(index)
-    vectors = _with_vectors(rows, schema, cache, run_id, sizes.written)
+    # LanceDB writes the one before meanwhile.
+    vectors = one_ahead(_with_vectors(rows, schema, cache, run_id, sizes.written))
     held = partial(require_held, index, run_id)
     new = pa.RecordBatchReader.from_batches(schema, _then(vectors, held))
     with (

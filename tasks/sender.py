@@ -17,12 +17,12 @@ from tasks.budget import Budget
 from tasks.cache import Cache
 from tasks.claims import POLL_S, Claims, Standing
 from tasks.errors import BudgetReached, EmbedOnceError, RunStopped
-from tasks.journal import RunFolder
+from tasks.journal import RunFolder, StoredAnswer
 from tasks.limiter import TELL_AFTER_S, Limiter
 from tasks.limits import Estimator, Learned, Limits, Packer
 from tasks.notes import Call
 from tasks.progress import Progress, tell, tell_waiting
-from tasks.providers import Provider, Vectors
+from tasks.providers import Provider
 from tasks.shared_limits import shared_window
 from tasks.tokens import Calibration, Estimate, load, save
 
@@ -39,7 +39,7 @@ ANSWERS_S = 20.0
 GIVEN_UP_S = 2.0
 """So long a batch may take to notice that its call was given up."""
 
-Arrived = Callable[[str, Call, pa.Array, Vectors], None]
+Arrived = Callable[[StoredAnswer], None]
 OnError = Literal["quarantine", "fail_fast", "collect"]
 
 
@@ -80,7 +80,7 @@ class Sender:
         refusals: Texts refused since the last good answer.
         proven: Whether the provider is known to take texts now.
         calls: Calls that have ended, by batch.
-        arrived: Is told of each answer that is durable: its name, its call, hashes and vectors.
+        arrived: Is told of each answer that is durable.
         turn: Held by who decides what to send next, until the limiter lets it go.
         claims: What it sends, held against what other runs send.
 
@@ -100,7 +100,7 @@ class Sender:
         self.refusals = 0
         self.proven = False
         self.calls: defaultdict[int, list[Call]] = defaultdict(list)
-        self.arrived: Arrived = lambda *_: None
+        self.arrived: Arrived = lambda _: None
         self.turn = threading.Lock()
         self._stopped = threading.Event()
         self._at_work = 0
@@ -122,31 +122,36 @@ class Sender:
         """Tokens of each of `texts`, by what is known by now."""
         return self._estimate().counts(texts)
 
+    def sizes(self, texts: pa.Array) -> npt.NDArray[np.int32]:
+        """What the tokens of each of `texts` follow from, whatever is learned."""
+        return self._provider.estimate.sizes(texts)
+
     def request_limits(self) -> Limits:
         """What one call takes by now, with a margin for estimates."""
         return self.limiter.limits.with_margin(self._estimate().margin)
 
-    def fitting(self, texts: Sequence[str]) -> tuple[int, int]:
-        """How many of `texts`, from the first, go into one call by now, and their tokens."""
-        limits, counts = self.limiter.limits, self.counts(texts)
+    def fitting(self, sizes: npt.NDArray[np.int32]) -> tuple[int, int]:
+        """How many texts of these `sizes`, from the first, go into one call, and their tokens."""
+        limits, counts = self.limiter.limits, self._estimate().of_sizes(sizes)
         tokens, most = int(counts.sum()), limits.tokens_per_request
-        if len(texts) <= limits.texts_per_request and (most is None or tokens <= most):
-            return len(texts), tokens
+        if len(counts) <= limits.texts_per_request and (most is None or tokens <= most):
+            return len(counts), tokens
         packer, fits = Packer(self.request_limits()), 0
-        while fits < len(texts) and packer.place(int(counts[fits])) == 1:
+        while fits < len(counts) and packer.place(int(counts[fits])) == 1:
             fits += 1
         return fits, int(counts[:fits].sum())
 
-    def affordable(self, texts: Sequence[str]) -> int:
-        """How many of `texts`, from the first, the budget is enough for, with a margin.
+    def affordable(self, sizes: npt.NDArray[np.int32]) -> int:
+        """How many texts of these `sizes`, from the first, the budget covers, with a margin.
 
         Raises:
             BudgetReached: Not for a single one, whatever calls in flight turn out to cost.
             RunStopped: The run has been ended meanwhile.
         """
         if self.budget.tokens_left is None:
-            return len(texts)
-        tokens = np.asarray(self.counts(texts) * (1 + self._estimate().margin), np.float64)
+            return len(sizes)
+        estimate = self._estimate()
+        tokens = np.asarray(estimate.of_sizes(sizes) * (1 + estimate.margin), np.float64)
         while not (affordable := self.budget.affords(tokens)):
             if self.limiter.stopped:
                 raise self.limiter.stopped
@@ -180,16 +185,16 @@ class Sender:
         if self.refusals >= PROOF_AFTER:
             self.proven = False
 
-    def learn(self, texts: Sequence[str], billed_tokens: int) -> None:
-        """Take in what the provider has counted."""
+    def learn(self, sizes: npt.NDArray[np.int32], billed_tokens: int) -> None:
+        """Take in what the provider has counted for texts of these `sizes`."""
         if self._calibration is not None:
-            self._calibration.learn(texts, billed_tokens)
+            self._calibration.learn(sizes, billed_tokens)
 
-    def too_large(self, texts: Sequence[str], tokens: int | None, learned: Learned) -> None:
+    def too_large(self, sizes: npt.NDArray[np.int32], tokens: int | None, learned: Learned) -> None:
         """Take in that a call was too large; `tokens` is the provider's own count of it."""
         self.limiter.too_large(learned)
         if tokens is not None and self._calibration is not None:
-            self._calibration.too_large(texts, tokens)
+            self._calibration.too_large(sizes, tokens)
 
     def wait_for_others(self, hashes: pa.Array) -> Standing:
         """Wait until not all of these texts are on their way in another run.

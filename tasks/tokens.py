@@ -170,14 +170,11 @@ class Calibration:
         self._fitted: tuple[Estimate, Floats] | None = None
         self._lock = threading.Lock()
 
-    def learn(self, texts: Sequence[str], billed_tokens: int) -> None:
-        """Take in what a batch of `texts` turned out to be; 0 tokens teach nothing."""
-        if billed_tokens <= 0 or not texts:
+    def learn(self, sizes: npt.NDArray[np.int32], billed_tokens: int) -> None:
+        """Take in what texts of these `sizes` turned out to be; 0 tokens teach nothing."""
+        if billed_tokens <= 0 or not len(sizes):
             return
-        amounts = np.zeros(len(_KINDS))
-        found = _characters("".join(texts))
-        amounts[: len(found)] = found
-        amounts[-1] = len(texts)
+        amounts = np.append(sizes.sum(axis=0, dtype=np.float64), len(sizes))
         guess = amounts * _PRIOR
         trust = billed_tokens / (billed_tokens + _SMALL)
         with self._lock:
@@ -185,9 +182,9 @@ class Calibration:
             self._observations += 1
             self._fitted = None
 
-    def too_large(self, texts: Sequence[str], tokens: int) -> None:
+    def too_large(self, sizes: npt.NDArray[np.int32], tokens: int) -> None:
         """Take in the exact count that a refusal names: as good as a bill."""
-        self.learn(texts, tokens)
+        self.learn(sizes, tokens)
 
     def estimate(self) -> Estimate:
         """What is expected by now."""

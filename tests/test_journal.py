@@ -4,8 +4,10 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ def write(lexical: Lexical, call_of: CallOf) -> Write:
     def answer(folder: RunFolder, *texts: str, batch: int = 1, provider: Lexical = lexical) -> str:
         vectors = provider.embed(texts).vectors
         call = call_of(folder.run_id, batch)
-        return folder.write_answer(hashes(*texts), vectors, provider.space, call)
+        return folder.write_answer(hashes(*texts), vectors, provider.space, call).name
 
     return answer
 
@@ -92,8 +94,8 @@ def test_a_slice_of_vectors_is_written_as_the_slice(
 ) -> None:
     vectors = lexical.embed(WORDS).vectors[::-1][:2]
     folder = run_folder(tmp_path)
-    name = folder.write_answer(hashes(*WORDS).slice(1), vectors, lexical.space, call_of())
-    found = read_answer(folder, name)
+    answer = folder.write_answer(hashes(*WORDS).slice(1), vectors, lexical.space, call_of())
+    found = read_answer(folder, answer.name)
     assert found is not None
     assert found.table.column("vector").to_pylist() == expected(lexical, "gamma", "beta")
 
@@ -122,6 +124,10 @@ def test_answers_fold_into_the_cache_in_one_version(
     assert vectors_in(cache, *every) == expected(lexical, *every)
 
 
+def at_hand(folder: RunFolder, *names: str) -> list[StoredAnswer]:
+    return [answer for name in names if (answer := read_answer(folder, name)) is not None]
+
+
 def versions(state: Path, cache: Cache) -> int:
     return len(lancedb.connect(str(state)).open_table(cache.name).list_versions())
 
@@ -131,7 +137,7 @@ def test_only_the_chosen_answers_are_folded(
 ) -> None:
     folder = run_folder(tmp_path)
     first, second = write(folder, "alpha"), write(folder, "beta", batch=2)
-    assert fold(folder, cache, [first]) == 1
+    assert fold(folder, cache, at_hand(folder, first)) == 1
     assert folder.answers == [second]
     assert fold(folder, cache, []) == 0
 
@@ -162,6 +168,27 @@ def test_remembering_the_same_again_makes_no_version(
 def test_a_text_that_comes_twice_at_once_is_kept_once(cache: Cache, paid: Paid) -> None:
     assert cache.remember([paid("alpha", "beta"), paid("beta", "alpha"), paid("gamma")]) == 3
     assert len(cache) == 3
+
+
+def test_runs_that_remember_the_same_at_once_keep_it_once(
+    tmp_path: Path, lexical: Lexical, paid: Paid
+) -> None:
+    words = [f"word {number}" for number in range(200)]
+    runs, together = 4, threading.Barrier(4)
+
+    def remember(run: int) -> int:
+        cache = Cache(str(tmp_path), lexical.space)
+        added = 0
+        for start in range(0, len(words), 40):
+            together.wait()
+            added += cache.remember([paid(*words[start : start + 40 + 10 * run])])
+        return added
+
+    with ThreadPoolExecutor(runs) as pool:
+        assert sum(pool.map(remember, range(runs))) == len(words)
+    cache = Cache(str(tmp_path), lexical.space)
+    found = pa.concat_arrays([batch.column("text_hash") for batch in cache.entries()])
+    assert sorted(found.to_pylist()) == sorted(hashes(*words).to_pylist())
 
 
 @given(st.lists(st.sampled_from([*WORDS, "delta", "epsilon"]), max_size=12))
@@ -537,7 +564,7 @@ def test_the_calls_of_what_was_folded_are_still_known_if_the_run_dies_then(
     folder = run_folder(tmp_path)
     names = [write(folder, word, batch=batch) for batch, word in enumerate(WORDS, 1)]
     last = file_of(folder, names[2]).read_bytes()
-    fold(folder, cache, names[1:])
+    fold(folder, cache, at_hand(folder, *names[1:]))
     assert folder.answers == names[:1]
     assert sorted(call.batch for call in folder.calls()) == [1, 2, 3]
     file_of(folder, names[2]).write_bytes(last)  # as if it had died before that one went

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +25,10 @@ def sender(tmp_path: Path, run_folder: Callable[..., RunFolder]) -> Sender:
     return Sender(Terms(Voyage("voyage-4", 256, LIMITS), run_folder(tmp_path), 0.06))
 
 
+def sizes(some: list[str]) -> npt.NDArray[np.int32]:
+    return Estimate().sizes(pa.array(some))
+
+
 def texts(count: int) -> list[str]:
     return [f"The story of animal number {number:06} and its house." for number in range(count)]
 
@@ -37,10 +44,10 @@ def prior(some: list[str]) -> int:
 
 def test_all_of_what_fits_is_sent_and_a_margin_is_left_where_it_is_cut(sender: Sender) -> None:
     few = texts(100)
-    assert sender.fitting(few) == (100, tokens_of(sender, few))
-    assert sender.fitting(texts(1500))[0] == 1000
+    assert sender.fitting(sizes(few)) == (100, tokens_of(sender, few))
+    assert sender.fitting(sizes(texts(1500)))[0] == 1000
     long = [text * 100 for text in texts(800)]
-    fits, tokens = sender.fitting(long)
+    fits, tokens = sender.fitting(sizes(long))
     assert fits < 800
     assert tokens == tokens_of(sender, long[:fits])
     margin = 320_000 / (sender.request_limits().tokens_per_request or 0)
@@ -49,20 +56,20 @@ def test_all_of_what_fits_is_sent_and_a_margin_is_left_where_it_is_cut(sender: S
 
 
 def test_a_text_longer_than_a_call_goes_alone(sender: Sender) -> None:
-    assert sender.fitting(["word " * 2_000_000, "word"])[0] == 1
+    assert sender.fitting(sizes(["word " * 2_000_000, "word"]))[0] == 1
 
 
 def test_what_is_learned_cuts_what_is_sent_next(sender: Sender) -> None:
     many = [text * 50 for text in texts(700)]
-    before = sender.fitting(many)[0]
+    before = sender.fitting(sizes(many))[0]
     for _ in range(5):
-        sender.learn(many[:50], 3 * prior(many[:50]))
-    assert 2.2 < before / sender.fitting(many)[0] < 3.0
-    sender.too_large(many, None, Learned(tokens_per_minute=10_000, requests_per_minute=3))
-    _, tokens = sender.fitting(many)
+        sender.learn(sizes(many[:50]), 3 * prior(many[:50]))
+    assert 2.2 < before / sender.fitting(sizes(many))[0] < 3.0
+    sender.too_large(sizes(many), None, Learned(tokens_per_minute=10_000, requests_per_minute=3))
+    _, tokens = sender.fitting(sizes(many))
     assert 8_000 < tokens <= 10_000
-    sender.too_large(many, None, Learned(texts_per_request=2))
-    assert sender.fitting(many)[0] == 2
+    sender.too_large(sizes(many), None, Learned(texts_per_request=2))
+    assert sender.fitting(sizes(many))[0] == 2
 
 
 @given(st.integers(1, 5000), st.integers(1000, 10_000_000), st.integers(1, 64))
@@ -89,7 +96,7 @@ def test_no_more_waits_than_a_minute_takes(
 def test_the_next_run_knows_what_this_one_has_learned(sender: Sender, tmp_path: Path) -> None:
     some = texts(60)
     truth = 2 * prior(some)
-    sender.learn(some, truth)
+    sender.learn(sizes(some), truth)
     sender.save()
     later = load(str(tmp_path), "voyage", "voyage-4").estimate()
     assert later.counts(some).sum() == pytest.approx(truth, rel=0.05)

@@ -199,7 +199,7 @@ def write(folder: RunFolder, lexical: Lexical, call_of: Callable[..., Call]) -> 
     def answer(*texts: str, batch: int) -> str:
         call = call_of("run", batch)
         vectors = lexical.embed(texts).vectors
-        return folder.write_answer(hashes(*texts), vectors, lexical.space, call)
+        return folder.write_answer(hashes(*texts), vectors, lexical.space, call).name
 
     return answer
 

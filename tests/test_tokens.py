@@ -13,6 +13,7 @@ from pathlib import Path
 
 import lancedb
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -111,6 +112,10 @@ def batches(
         yield texts, sum(map(bill, texts, kinds))
 
 
+def sizes(texts: list[str]) -> npt.NDArray[np.int32]:
+    return Estimate().sizes(pa.array(texts, pa.utf8()))
+
+
 def written(chance: random.Random, kind: str, characters: int) -> str:
     words = chance.choices(WORDS[kind], k=characters // 3 + 1)
     return ("" if kind == "chinese" else " ").join(words)[:characters]
@@ -128,7 +133,7 @@ def rehearsed(
         expected = int(estimate.counts(texts).sum())
         seen.append(Seen(abs(expected / billed - 1), billed <= expected * (1 + estimate.margin)))
         factor = 1.0 if misreported is None else misreported.get(number, 1.0)
-        calibration.learn(texts, round(billed * factor))
+        calibration.learn(sizes(texts), round(billed * factor))
     return seen
 
 
@@ -188,7 +193,7 @@ def test_a_bill_that_strays_moves_nothing_for_long(seed: int) -> None:
 def test_batches_that_are_all_alike_say_nothing_of_their_parts() -> None:
     calibration, texts = fresh(), ["the same, 42 times", "и то же по-русски"]
     for billed in (30, 31, 29, 30, 30):
-        calibration.learn(texts * 50, billed * 50)
+        calibration.learn(sizes(texts * 50), billed * 50)
     scaled = np.array(calibration.estimate().weights) / Estimate().weights
     assert scaled.max() < 1.3 * scaled.min()
 
@@ -204,7 +209,7 @@ def test_a_kind_that_was_never_seen_is_scaled_like_the_rest() -> None:
 def test_no_weight_is_below_zero_whatever_is_billed() -> None:
     chance, calibration = random.Random(3), fresh()
     for texts, _ in batches(FOUR, by_script, 3, 30, (1, 60)):
-        calibration.learn(texts, chance.randint(1, 9000))
+        calibration.learn(sizes(texts), chance.randint(1, 9000))
         estimate = calibration.estimate()
         assert min(estimate.weights) > 0
         assert math.isfinite(estimate.margin)
@@ -221,8 +226,8 @@ def test_the_margin_is_wide_at_first_and_as_narrow_as_the_bills_allow() -> None:
 def test_a_bill_of_nothing_teaches_nothing() -> None:
     calibration = fresh()
     before = calibration.estimate()
-    calibration.learn(["text"], 0)
-    calibration.learn([], 7)
+    calibration.learn(sizes(["text"]), 0)
+    calibration.learn(sizes([]), 7)
     assert calibration.estimate() is before
     assert before == Estimate()
 
@@ -230,8 +235,8 @@ def test_a_bill_of_nothing_teaches_nothing() -> None:
 def test_a_refusal_that_names_the_count_teaches_as_a_bill_does() -> None:
     billed, refused = fresh(), fresh()
     texts = ["some text of a batch that is too large"] * 90
-    billed.learn(texts, 1234)
-    refused.too_large(texts, 1234)
+    billed.learn(sizes(texts), 1234)
+    refused.too_large(sizes(texts), 1234)
     assert billed.estimate() == refused.estimate()
     assert refused.estimate().counts(texts).sum() == pytest.approx(1234, rel=0.05)
 
@@ -240,7 +245,7 @@ def test_batches_of_a_single_text_stray_and_say_little() -> None:
     calibration, chance = taught(20), random.Random(2)
     margin = calibration.estimate().margin
     for _ in range(20):
-        calibration.learn(["a text of a batch"], chance.choice([2, 12]))
+        calibration.learn(sizes(["a text of a batch"]), chance.choice([2, 12]))
     assert calibration.estimate().margin < 2 * margin
 
 
@@ -250,7 +255,7 @@ def test_many_threads_learn_at_once() -> None:
 
     def work(part: int) -> None:
         for texts, billed in corpus[part::4]:
-            calibration.learn(texts, billed)
+            calibration.learn(sizes(texts), billed)
             calibration.estimate()
 
     threads = [threading.Thread(target=work, args=(part,)) for part in range(4)]
@@ -356,7 +361,7 @@ def test_models_do_not_learn_from_each_other(tmp_path: Path) -> None:
     assert load(str(tmp_path), "voyage", "voyage-code-3").estimate() == Estimate()
     other = load(str(tmp_path), "it's", "voyage-4")
     assert other.estimate() == Estimate()
-    other.learn(["text"], 3)
+    other.learn(sizes(["text"]), 3)
     save(str(tmp_path), "run", other)
     assert loaded(tmp_path).estimate().observations == 12
 
@@ -394,7 +399,7 @@ def test_what_earlier_runs_agreed_on_outweighs_one_bill_that_strays(tmp_path: Pa
     save(str(tmp_path), "first", taught(30))
     calibration, text = loaded(tmp_path), "the same text " * 40
     before = calibration.estimate().count(text)
-    calibration.learn([text] * 50, before * 50 * 5)
+    calibration.learn(sizes([text] * 50), before * 50 * 5)
     assert calibration.estimate().count(text) == pytest.approx(before, rel=0.05)
     assert calibration.estimate().margin > loaded(tmp_path).estimate().margin
 

@@ -72,8 +72,9 @@ def run(config: Config) -> str:
         found = survey(config, Overrides(), folder.staging)
         terms = Terms(found.provider, folder, 0.0)
         filling = found.filling(sender_of(terms), folder.staging)
-        answers = [embed_batch(batch, terms, attempt=1) for batch in filling.batches()]
-        fold(folder, found.cache, [file for answer in answers for file in answer.answers])
+        for batch in filling.batches():
+            embed_batch(batch, terms, attempt=1)
+        fold(folder, found.cache)
         filled = filling.finish(NOTHING)
         published = publish_found(found, filled, folder.run_id)
         keep_found(found, filled, published)

@@ -26,12 +26,12 @@ from pyarrow import parquet
 from tasks.cache import Cache
 from tasks.catalog import facts_for
 from tasks.compare import Held, compare
-from tasks.embed import Embedded, embed_batch
+from tasks.embed import embed_batch
 from tasks.fill import Filled, Filling
 from tasks.fingerprint import fingerprint
 from tasks.form import Overrides
 from tasks.index import Identity, open_index
-from tasks.journal import RunFolder, fold, unfolded_hashes
+from tasks.journal import RunFolder, StoredAnswer, fold, unfolded_hashes
 from tasks.lookup import lookup
 from tasks.pack import pack
 from tasks.params import Config
@@ -206,14 +206,16 @@ def _stages(config: Config, folder: RunFolder, stages: Stages) -> None:
         return list(filling.batches()), filling.finish(NOTHING)
 
     batches, filled = timed("fill", fill, lambda result: result[1].rows.rows)
-    answers = timed(
+    arrived: list[StoredAnswer] = []
+    sender_of(terms).arrived = arrived.append
+    timed(
         "embed",
         lambda: [embed_batch(batch, terms, attempt=1) for batch in batches],
         lambda result: sum(answer.texts for answer in result),
     )
     timed(
         "fold",
-        lambda: sum(fold(folder, cache, group) for group in _groups(answers)),
+        lambda: sum(fold(folder, cache, group) for group in _groups(arrived)),
         lambda added: added,
     )
     published = timed(
@@ -239,13 +241,13 @@ def _rows(table: TableRef) -> int:
     return table.rows
 
 
-def _groups(answers: Sequence[Embedded]) -> Iterator[list[str]]:
-    """The files of `answers`, about FOLD_TEXTS texts at a time."""
-    group: list[str] = []
+def _groups(answers: Sequence[StoredAnswer]) -> Iterator[list[StoredAnswer]]:
+    """About FOLD_TEXTS texts at a time."""
+    group: list[StoredAnswer] = []
     texts = 0
     for answer in answers:
-        group += answer.answers
-        texts += answer.texts
+        group.append(answer)
+        texts += answer.call.texts
         if texts >= FOLD_TEXTS:
             yield group
             group, texts = [], 0
