@@ -13,6 +13,7 @@ from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import task_run
 
 from flows.cancelling import ENDS
+from tasks import memory
 from tasks.artifacts import ProgressArtifact
 from tasks.aside import Aside
 from tasks.claims import Shared, take_up
@@ -193,6 +194,7 @@ class _Collected:
         def work() -> None:
             with self.ending_the_run():
                 fold(self._folder, self._found.cache, answers)
+            memory.give_back(self._found.sizes)
 
         self._fold = Aside(work)
         self._fold.start()

@@ -27,7 +27,7 @@ from tasks.index import (
 )
 from tasks.keys import KeySet, digest_column, first_of_each
 from tasks.lance import data_bytes, quoted, read_where, writing
-from tasks.memory import MOST, Sizes
+from tasks.memory import MOST, Sizes, give_back
 from tasks.params import Index
 from tasks.schemas import DELETIONS, HASH, TableRef, metadata_fields, rows_schema
 from tasks.stage import stage
@@ -112,7 +112,7 @@ def publish(
         make_room(index, cache, run_id, writes=writes, leaves=replaced)
     table = open_index(index)
     # LanceDB writes the one before meanwhile.
-    vectors = one_ahead(_with_vectors(rows, schema, cache, run_id, sizes.written))
+    vectors = one_ahead(_with_vectors(rows, schema, cache, run_id, sizes))
     held = partial(require_held, index, run_id)
     new = pa.RecordBatchReader.from_batches(schema, _then(vectors, held))
     with (
@@ -283,10 +283,10 @@ def _fitted(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def _with_vectors(
-    rows: TableRef, schema: pa.Schema, cache: Cache, run_id: str, at_once: int
+    rows: TableRef, schema: pa.Schema, cache: Cache, run_id: str, sizes: Sizes
 ) -> Iterator[pa.RecordBatch]:
-    """`rows` as rows of the index, about `at_once` bytes of vectors at a time."""
-    most = max(1, at_once // cache.space.vector_bytes)
+    """`rows` as rows of the index, about `sizes.written` bytes of vectors at a time."""
+    most = max(1, sizes.written // cache.space.vector_bytes)
     for read in rows.batches(rows.schema()):
         for start in range(0, read.num_rows, most):
             batch = read.slice(start, most)
@@ -295,6 +295,7 @@ def _with_vectors(
                 "run_id": pa.array([run_id] * batch.num_rows, pa.utf8()),
             }
             columns = [own[name] if name in own else batch.column(name) for name in schema.names]
+            give_back(sizes)
             yield pa.record_batch(columns, schema=schema)
 
 

@@ -173,3 +173,22 @@ def test_a_run_keeps_to_its_limit(
     assert peaks[640] < 640
     assert peaks[640] < peaks[1536]
     assert commits[640] > 2 * commits[1536]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's malloc_trim")
+def test_what_is_free_between_pieces_in_use_is_given_back_once_there_is_much_of_it() -> None:
+    script = """
+import numpy as np
+from tasks import memory
+memory.spare()
+pieces = [np.ones(2**17) for _ in range(800)][::8]
+for share in (4.0, 0.1):
+    print(memory._resident_bytes())
+    memory.give_back(memory.Sizes(share))
+print(memory._resident_bytes())
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    free, enough, given_back = map(int, done.stdout.split())
+    assert free == pytest.approx(enough, abs=10e6)
+    assert given_back < free - 600e6
