@@ -399,7 +399,7 @@ def test_a_lenient_simulator_lets_the_unknown_pass() -> None:
 
 
 def test_other_paths_and_methods_are_not_there(simulator: Simulator) -> None:
-    unknown = send(simulator, "/v1/files", b"{}")
+    unknown = send(simulator, "/v1/rerank", b"{}")
     assert (unknown.status, unknown.json) == (404, {"detail": "Not Found"})
     assert send(simulator, "/v1/embeddings", method="GET").status == 405
 

@@ -43,6 +43,7 @@ def _health(api: Api, query: str, body: bytes) -> object:
 
 
 def _ledger(api: Api, query: str, body: bytes) -> object:
+    api.settle()
     found: dict[str, Any] = {"totals": api.ledger.totals()}
     if parse_qs(query).get("requests") != ["0"]:
         found["requests"] = [record.as_json() for record in api.ledger.requests]

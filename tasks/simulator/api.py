@@ -11,6 +11,8 @@ from tasks.catalog import ModelFacts
 from tasks.simulator import answer, checks, vectors, wire
 from tasks.simulator.checks import Asked, Refused
 from tasks.simulator.clock import Clock
+from tasks.simulator.jobs import Jobs
+from tasks.simulator.lane import Lane, Request
 from tasks.simulator.ledger import Ledger, Record, hash_key, hash_texts
 from tasks.simulator.rules import HARMLESS, Rule, Script, Traits
 from tasks.simulator.settings import Settings
@@ -68,6 +70,8 @@ class Api:
         self._models = settings.facts()
         self._script = Script()
         self._windows = Windows(settings.window)
+        self._jobs = Jobs(self.ledger, self.clock.now)
+        self._lane = Lane(self._jobs, self._script)
         self._started = 0.0
 
     def add(self, rules: Iterable[Rule]) -> int:
@@ -79,8 +83,10 @@ class Api:
         self._script.clear()
 
     def reset(self) -> None:
-        """Drop rules, ledger and windows. Settings and time stay."""
+        """Drop rules, ledger, windows, files and jobs. Settings and time stay."""
         self._script.clear()
+        self._jobs.reset()
+        self._lane.reset()
         self.ledger.reset()
         self._windows = Windows(self.settings.window)
         self._started = self.clock.now()
@@ -92,6 +98,15 @@ class Api:
         self.ledger.keep(settings.keep_requests)
         if self._windows.kind != settings.window:
             self._windows = Windows(settings.window)
+
+    def settle(self) -> None:
+        """Have the ledger know what jobs have done by now."""
+        self._jobs.settle()
+
+    def answer_lane(self, request: Request) -> Reply:
+        """What a request for files or jobs is answered with."""
+        seconds = self.clock.now() - self._started
+        return self._lane.answer(request, self.settings, self._models, seconds)
 
     def answer(self, call: Call) -> Reply:
         """What `call` is answered with, noted in the ledger. `Ledger.left` is yet to come."""
@@ -209,22 +224,7 @@ class Api:
             self.settings.vectors, space, asked.input_type, asked.texts, work.dimension
         )
         body = answer.body(asked, found, work.tokens, work.rule, work.ordinal)
-        match None if work.rule is None else work.rule.action:
-            case "process_then_reset":
-                reply = Reply(None, rule=work.rule)
-            case "reset_mid" | "short_body" | "chunk_trunc" | "trickle":
-                reply = Reply(HTTPStatus.OK, body, rule=work.rule)
-            case "text_plain_200":
-                reply = Reply(HTTPStatus.OK, b"OK", content_type="text/plain")
-            case "empty_200":
-                reply = Reply(HTTPStatus.OK)
-            case "bad_json":
-                reply = Reply(HTTPStatus.OK, body[: len(body) // 2])
-            case "bad_utf8":
-                reply = Reply(HTTPStatus.OK, b'{"object":"\xff\xfe",' + body[1:])
-            case _:
-                reply = Reply(HTTPStatus.OK, body)
-        return reply
+        return wire.answered(body, work.rule)
 
     def _refusal(self, refused: Refused) -> Reply:
         headers: tuple[tuple[str, str], ...] = ()

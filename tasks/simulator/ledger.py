@@ -5,7 +5,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 
 from tasks.simulator.tokens import utf8
 from tasks.simulator.window import Minute
@@ -20,10 +20,10 @@ Space = tuple[str, str | None, int, str]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request for embeddings.
+    """One request for embeddings, or one line of a job that was answered.
 
     Attributes:
-        ordinal: Number of the request, from 1 since the last reset.
+        ordinal: Number of the request, from 1 since the last reset; 0 for a line.
         t: Simulated seconds at its arrival.
         key: Hash of the key; "" without one.
         model: Name in the request; "" where it could not be read.
@@ -38,6 +38,7 @@ class Record:
         request_id: The header of the same name.
         connection: Number of the connection, from 1.
         hashes: SHA-256 of each text, one after the other.
+        lane: realtime, or batch for a line of a job.
     """
 
     ordinal: int
@@ -55,6 +56,7 @@ class Record:
     request_id: str
     connection: int
     hashes: bytes
+    lane: Literal["realtime", "batch"] = "realtime"
 
     @property
     def text_hashes(self) -> list[str]:
@@ -92,6 +94,8 @@ class Ledger:
         self._hashes = 0
         self._arrivals = self._calls = self._ok = 0
         self._usd = 0.0
+        self._jobs = self._lines = self._line_tokens = 0
+        self._line_usd = 0.0
         self._billed: Counter[str] = Counter()
         self._statuses: Counter[str] = Counter()
         self._paid: dict[Space, tuple[set[bytes], set[bytes]]] = {}
@@ -117,6 +121,10 @@ class Ledger:
                 "billed_tokens": sum(self._billed.values()),
                 "usd": self._usd,
                 "billed_by_model": dict(self._billed),
+                "batch_jobs": self._jobs,
+                "batch_lines": self._lines,
+                "batch_tokens": self._line_tokens,
+                "batch_usd": self._line_usd,
                 "distinct_texts": distinct,
                 "texts_billed_again": sum(len(again) for _, again in self._paid.values()),
                 "max_concurrency": self._max_in_flight,
@@ -161,14 +169,30 @@ class Ledger:
             self._calls += 1
             self._ok += ok
             self._statuses["none" if record.status is None else str(record.status)] += 1
-            if record.billed_tokens:
-                self._billed[record.model] += record.billed_tokens
-                self._usd += usd
-                self._pay(record)
-            self._records.append(record)
-            self._hashes += len(record.hashes) // _SHA256_BYTES
-            while len(self._records) > self._keep or self._hashes > _MOST_HASHES:
-                self._hashes -= len(self._records.popleft().hashes) // _SHA256_BYTES
+            self._enter(record, usd)
+
+    def job(self) -> None:
+        """A job was created."""
+        with self._lock:
+            self._jobs += 1
+
+    def line(self, record: Record, usd: float) -> None:
+        """A line of a job was answered; it counts as no call."""
+        with self._lock:
+            self._lines += 1
+            self._line_tokens += record.billed_tokens
+            self._line_usd += usd
+            self._enter(record, usd)
+
+    def _enter(self, record: Record, usd: float) -> None:
+        if record.billed_tokens:
+            self._billed[record.model] += record.billed_tokens
+            self._usd += usd
+            self._pay(record)
+        self._records.append(record)
+        self._hashes += len(record.hashes) // _SHA256_BYTES
+        while len(self._records) > self._keep or self._hashes > _MOST_HASHES:
+            self._hashes -= len(self._records.popleft().hashes) // _SHA256_BYTES
 
     def left(self) -> None:
         """A request is no longer in flight."""

@@ -41,6 +41,18 @@ EARLY: frozenset[str] = frozenset(get_args(Early))
 HARMLESS = frozenset({"trickle", "slow", "shuffle", "float_list_instead", "jitter"})
 """With these an answer is still good: all vectors are there, each with its index."""
 
+Endpoint = Literal[
+    "embeddings", "upload", "files", "file", "content", "delete",
+    "create", "jobs", "job", "cancel", "line",
+]  # fmt: skip
+"""What is asked: embeddings; of the Batch API its files and jobs; or a single line of a job."""
+
+UNSPOILT = frozenset(
+    {"process_then_reset", "reset_mid", "short_body", "chunk_trunc", "trickle"}
+    | {"bad_json", "bad_utf8", "text_plain_200", "empty_200"}
+)
+"""In place of any good answer; all others are about vectors."""
+
 _HEADER = re.compile(r"[\x21-\x7e]+:[\x20-\x7e]*")
 
 
@@ -52,8 +64,13 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    endpoint: Endpoint = Field(
+        default="embeddings",
+        description="What is asked, which is counted alone; line is a line of a job's file, which "
+        "gets an error with the status.",
+    )
     requests: frozenset[int] | None = Field(
-        default=None, description="Numbers of requests, from 1 since the last reset."
+        default=None, description="Numbers of requests, from 1 since the last reset; of lines."
     )
     every: int | None = Field(default=None, ge=1, description="Each n-th request.")
     probability: float | None = Field(default=None, ge=0, le=1, description="Of hitting a request.")
@@ -108,6 +125,15 @@ class Rule(BaseModel):
             raise ValueError("status: needed by action 'status', and by no other")
         return self
 
+    @model_validator(mode="after")
+    def _action_is_one_of_its_endpoint(self) -> Self:
+        if self.endpoint == "line" and self.action != "status":
+            raise ValueError("action: a line of a job can but get a status")
+        elsewhere = (EARLY | UNSPOILT) - {"redirect_307"}
+        if self.endpoint != "embeddings" and self.action not in elsewhere:
+            raise ValueError(f"action: {self.action} is for embeddings alone")
+        return self
+
     @property
     def early(self) -> bool:
         """Whether it comes before any check of the request."""
@@ -125,6 +151,7 @@ class Traits:
     model: str
     texts: Sequence[str]
     redirected: bool = False
+    endpoint: Endpoint = "embeddings"
 
 
 class Script:
@@ -164,6 +191,7 @@ def fits(rule: Rule, traits: Traits) -> bool:
     return (
         # Who follows a redirect arrives: the same rule would send the request round for ever.
         not (traits.redirected and rule.action == "redirect_307")
+        and rule.endpoint == traits.endpoint
         and _at_its_turn(rule, traits.ordinal)
         and (rule.in_flight is None or traits.in_flight >= rule.in_flight)
         and rule.after_s <= traits.seconds

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import JsonValue
 
 from tasks.errors import SettingsError
-from tasks.simulator import admin, wire
+from tasks.simulator import admin, lane, wire
 from tasks.simulator.api import Api, Call
 from tasks.simulator.ledger import Ledger
 from tasks.simulator.rules import Rule
@@ -54,7 +54,8 @@ class Simulator:
 
     @property
     def ledger(self) -> Ledger:
-        """What was asked, answered and billed."""
+        """What was asked, answered and billed by now."""
+        self._api.settle()
         return self._api.ledger
 
     @property
@@ -103,7 +104,7 @@ class Simulator:
         self._api.add(rules)
 
     def reset(self) -> None:
-        """Drop rules, ledger and windows. Settings and time stay."""
+        """Drop rules, ledger, windows, files and jobs. Settings and time stay."""
         self._api.reset()
 
     def change(self, **settings: Any) -> None:
@@ -192,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._number = self.server.api.ledger.connected()
 
     def do_POST(self) -> None:
-        """Embeddings, or a change to the simulator."""
+        """Embeddings, files and jobs, or a change to the simulator."""
         path, body = urlsplit(self.path), self._body()
         if body is None:
             return
@@ -202,13 +203,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._administer(body)
 
     def do_GET(self) -> None:
-        """What the simulator knows of itself."""
+        """Files and jobs, or what the simulator knows of itself."""
         body = self._body()
         if body is not None:
             self._administer(body)
 
     def do_DELETE(self) -> None:
-        """Drop the fault script."""
+        """Drop a file, or the fault script."""
         body = self._body()
         if body is not None:
             self._administer(body)
@@ -236,7 +237,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _administer(self, body: bytes) -> None:
         path = urlsplit(self.path)
-        if path.path == _EMBEDDINGS:
+        if path.path.startswith(lane.PATHS):
+            reply = self.server.api.answer_lane(
+                lane.Request(
+                    self.command,
+                    path.path,
+                    path.query,
+                    self.headers.get("authorization", ""),
+                    self.headers.get("content-type", ""),
+                    body,
+                )
+            )
+        elif path.path == _EMBEDDINGS:
             reply = Reply(405, wire.error("Method Not Allowed"), (("allow", "POST"),))
         else:
             reply = admin.answer(self.server.api, self.command, path.path, path.query, body)

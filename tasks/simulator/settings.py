@@ -24,6 +24,24 @@ class Latency(BaseModel):
     seed: int = Field(default=0, description="Of the random part.")
 
 
+class JobSettings(BaseModel):
+    """The Batch API: how long a job takes, in simulated seconds, and what an account may ask."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    validating_s: float = Field(default=10, ge=0, description="Until its first line is begun.")
+    line_s: float = Field(default=0.1, ge=0, description="For each line, one after the other.")
+    finalizing_s: float = Field(default=10, ge=0, description="From its last line to its output.")
+    cancelling_s: float = Field(default=10, ge=0, description="The same after a cancel.")
+    window_s: float = Field(
+        default=12 * 3600, gt=0, description="What is not done so long after its start expires."
+    )
+    most_in_flight: int = Field(default=100, ge=1, description="Jobs; one more is 429.")
+    most_enqueued_tokens: int = Field(default=10**9, ge=1, description="Of jobs in flight; 429.")
+    most_lines: int = Field(default=100_000, ge=1, description="Of a job; one with more fails.")
+    most_bytes: int = Field(default=10**9, ge=1, description="Of a file; a larger one is 413.")
+
+
 class Settings(BaseModel):
     """One simulator. All but `port` and `clock` can be changed while it runs."""
 
@@ -86,6 +104,8 @@ class Settings(BaseModel):
         description="Tokens per request of voyage-code-4, on which sources conflict: "
         "120,000 (null) or 320,000.",
     )
+
+    jobs: JobSettings = Field(default=JobSettings(), description="Of the Batch API.")
 
     strict: bool = Field(
         default=True,

@@ -80,6 +80,27 @@ def scripted(rule: Rule) -> Reply:
             return Reply(None, rule=rule)
 
 
+def answered(body: bytes, rule: Rule | None) -> Reply:
+    """A good answer, but for the fault in it or on its way."""
+    ok, action = HTTPStatus.OK, "" if rule is None else rule.action
+    match action:
+        case "process_then_reset":
+            reply = Reply(None, rule=rule)
+        case "reset_mid" | "short_body" | "chunk_trunc" | "trickle":
+            reply = Reply(ok, body, rule=rule)
+        case "text_plain_200":
+            reply = Reply(ok, b"OK", content_type="text/plain")
+        case "empty_200":
+            reply = Reply(ok)
+        case "bad_json":
+            reply = Reply(ok, body[: len(body) // 2])
+        case "bad_utf8":
+            reply = Reply(ok, b'{"object":"\xff\xfe",' + body[1:])
+        case _:
+            reply = Reply(ok, body)
+    return reply
+
+
 def deliver(
     connection: socket.socket,
     reply: Reply,
