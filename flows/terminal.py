@@ -18,6 +18,8 @@ CANCELLED = 130
 LOGS_KEPT = 20
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, what `kill` sends, and what comes when the terminal closes."""
+UNREACHED = "Failed to reach API"
+"""So a RuntimeError of Prefect begins where its server is not there (3.8)."""
 SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -97,12 +99,17 @@ def prefect_log(folder: Path, name: str) -> Iterator[int]:
             raise
         except Exception as error:  # noqa: BLE001 - the last line of defence: nothing ends unexplained
             traceback.print_exc()
-            problem = f"{type(error).__name__}: {error}"
+            problem = f"{UNFORESEEN} ({type(error).__name__}: {error})."
+            if str(error).startswith(UNREACHED):
+                problem = (
+                    f"No Prefect server answers ({error}). Start it, name another one in "
+                    "PREFECT_API_URL, or unset that: then one is started for the command."
+                )
         finally:
             # The temporary server is stopped when Python exits, and says so.
             logging.getLogger("prefect").setLevel(logging.WARNING)
     if problem:
-        raise EmbedOnceError(f"{UNFORESEEN} ({problem}). Details: {log}")
+        raise EmbedOnceError(f"{problem} Details: {log}")
 
 
 @contextlib.contextmanager

@@ -370,6 +370,17 @@ def test_a_document_that_cannot_be_read_is_exit_code_3(home: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_server_that_is_not_there_is_told_with_what_to_do(
+    home: Path, patched: pytest.MonkeyPatch
+) -> None:
+    patched.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    done = embed_once("reindex", "birds.yaml", cwd=home)
+    assert done.returncode == 1
+    assert "No Prefect server answers (Failed to reach API at http://127.0.0.1:9/api" in done.stderr
+    assert "unset" in done.stderr
+
+
+@pytest.mark.slow
 def test_without_a_server_one_is_started_and_nothing_of_it_is_heard(
     home: Path, tmp_path: Path, patched: pytest.MonkeyPatch
 ) -> None:
