@@ -5,12 +5,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs
 
 from tasks.catalog import ModelFacts
 from tasks.simulator import checks, wire
 from tasks.simulator.checks import Refused
+from tasks.simulator.job import File, Job
 from tasks.simulator.job_lines import LineReader, wanted
 from tasks.simulator.jobs import Jobs
 from tasks.simulator.rules import Endpoint, Rule, Script, Traits
@@ -18,6 +19,7 @@ from tasks.simulator.settings import Settings
 from tasks.simulator.wire import Reply
 
 PATHS = ("/v1/files", "/v1/batches")
+Item = TypeVar("Item", File, Job)
 _PAGE, _MOST = 20, 100
 _BOUNDARY = re.compile(r'multipart/form-data;.*boundary="?([^";]+)"?')
 _NAME = re.compile(rb'[; ]name="([^"]*)"')
@@ -108,8 +110,7 @@ class _Asking:
         return wire.in_json(self.jobs.upload(self.key, filename, data))
 
     def files(self, _: str) -> bytes:
-        found = [self.jobs.shown(file) for file in self.jobs.files(self.key)]
-        return _listed(found, self.request.query)
+        return _listed(self.jobs.files(self.key), self.jobs.shown, self.request.query)
 
     def file(self, name: str) -> bytes:
         return wire.in_json(self.jobs.shown(self.jobs.file(self.key, name)))
@@ -128,8 +129,7 @@ class _Asking:
         return wire.in_json(self.jobs.shown_job(job))
 
     def all_jobs(self, _: str) -> bytes:
-        found = [self.jobs.shown_job(job) for job in self.jobs.jobs(self.key)]
-        return _listed(found, self.request.query)
+        return _listed(self.jobs.jobs(self.key), self.jobs.shown_job, self.request.query)
 
     def job(self, name: str) -> bytes:
         return wire.in_json(self.jobs.shown_job(self.jobs.job(self.key, name)))
@@ -194,8 +194,8 @@ def _uploaded(request: Request) -> tuple[str, bytes]:
     return filename[1].decode("utf-8", "replace") if filename else "file", data
 
 
-def _listed(items: Sequence[dict[str, Any]], query: str) -> bytes:
-    """A page of a list.
+def _listed(items: Sequence[Item], show: Callable[[Item], dict[str, Any]], query: str) -> bytes:
+    """A page of a list, of which no other item is shown: to show a file is to make it.
 
     Raises:
         Refused: The page asked for is none.
@@ -204,11 +204,11 @@ def _listed(items: Sequence[dict[str, Any]], query: str) -> bytes:
     limit, after = asked.get("limit", str(_PAGE)), asked.get("after")
     if not limit.isdecimal() or not 1 <= int(limit) <= _MOST:
         raise Refused(400, f"limit: must be 1 to {_MOST}.")  # a guess
-    names = [item["id"] for item in items]
+    names = [item.id for item in items]
     if after is not None and after not in names:
         raise Refused(400, f"after: there is no {after}.")  # a guess
     start = 0 if after is None else names.index(after) + 1
-    page = list(items[start : start + int(limit)])
+    page = [show(item) for item in items[start : start + int(limit)]]
     return wire.in_json(
         {
             "object": "list",
