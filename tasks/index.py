@@ -12,7 +12,14 @@ import pyarrow as pa
 from lancedb.table import Table
 
 from tasks.cache import SPACE
-from tasks.errors import EmbedOnceError, IndexConflict, IndexHeld, LockLost, SettingsError
+from tasks.errors import (
+    EmbedOnceError,
+    IndexConflict,
+    IndexHeld,
+    LockLost,
+    SettingsError,
+    StorageFailed,
+)
 from tasks.keys import KeySet
 from tasks.lance import (
     PRIMARY_KEY,
@@ -21,6 +28,9 @@ from tasks.lance import (
     read_where,
     reading,
     sync_table,
+    tags_of,
+    versions_of,
+    writing,
 )
 from tasks.params import Index
 from tasks.prepare import taken_apart
@@ -150,26 +160,31 @@ def reading_index(table: Table) -> AbstractContextManager[None]:
     )
 
 
+def writing_index(index: Index) -> AbstractContextManager[None]:
+    """Say in words that the index could not be written; errors as in `writing`."""
+    return writing(f"the index {index.table!r} in {index.uri}")
+
+
 def generations(table: Table) -> list[Generation]:
     """All generations that are kept, oldest first."""
     # LanceDB tells the time of this machine, without saying so.
     published = {
-        entry["version"]: entry["timestamp"].astimezone(UTC) for entry in table.list_versions()
+        entry["version"]: entry["timestamp"].astimezone(UTC) for entry in versions_of(table)
     }
     found = [
-        Generation(int(name.removeprefix(TAG)), tag["version"], published[tag["version"]])
-        for name, tag in table.tags.list().items()
-        if name.startswith(TAG) and tag["version"] in published
+        Generation(int(name.removeprefix(TAG)), version, published[version])
+        for name, version in tags_of(table).items()
+        if name.startswith(TAG) and version in published
     ]
     return sorted(found, key=lambda generation: generation.number)
 
 
 def broken_tags(table: Table) -> list[str]:
     """Tags of generations whose version is gone."""
-    versions = {entry["version"] for entry in table.list_versions()}
-    tags = table.tags.list().items()
+    versions = {entry["version"] for entry in versions_of(table)}
+    tags = tags_of(table).items()
     return sorted(
-        name for name, tag in tags if name.startswith(TAG) and tag["version"] not in versions
+        name for name, version in tags if name.startswith(TAG) and version not in versions
     )
 
 
@@ -180,7 +195,7 @@ def tag_generation(table: Table) -> Generation:
     if known and known[-1].version == version:
         return known[-1]
     # A tag whose version is gone still takes its number.
-    taken = [name for name in table.tags.list() if name.startswith(TAG)]
+    taken = [name for name in tags_of(table) if name.startswith(TAG)]
     number = max((int(name.removeprefix(TAG)) for name in taken), default=0) + 1
     table.tags.create(f"{TAG}{number}", version)
     return Generation(number, version, datetime.now(tz=UTC))
@@ -199,6 +214,8 @@ def committing(index: Index, version: int) -> Iterator[None]:
         with durable(index.uri, index.table):
             yield
     except LockLost:  # by now the note may be another run's
+        raise
+    except StorageFailed:  # the commit may have been made
         raise
     except EmbedOnceError:  # the commit was undone
         storage.delete([note])

@@ -188,6 +188,27 @@ def reading(table: Table, what: str, last_resort: str) -> Iterator[None]:
         ) from error
 
 
+def versions_of(table: Table) -> list[dict[str, Any]]:
+    """What LanceDB tells of each version that is kept: number, time, figures; in no order.
+
+    Raises:
+        StorageFailed: Its disk or store does not let us look.
+    """
+    with opening(_told(table)):
+        return list(table.list_versions())
+
+
+def tags_of(table: Table) -> dict[str, int]:
+    """The version of each tag; errors as in `versions_of`."""
+    with opening(_told(table)):
+        return {name: int(tag["version"]) for name, tag in table.tags.list().items()}
+
+
+def _told(table: Table) -> str:
+    place = table.uri  # type: ignore[attr-defined] # of any table but a cloud one
+    return f"The table {table.name} in {place}"
+
+
 def _newest(table: Table) -> int:
     """The newest version there is; 0 where that cannot be read."""
     with suppress(RuntimeError, OSError, ValueError):
@@ -238,8 +259,12 @@ def read_where(
 
 
 def data_bytes(table: Table) -> int:
-    """Bytes on disk of the columns of the newest version; search indexes do not count."""
-    newest = max(table.list_versions(), key=lambda entry: entry["version"])
+    """Bytes on disk of the columns of the newest version; search indexes do not count.
+
+    Raises:
+        StorageFailed: Its disk or store does not let us look.
+    """
+    newest = max(versions_of(table), key=lambda entry: entry["version"])
     return int(newest["metadata"]["total_files_size"])
 
 

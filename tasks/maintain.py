@@ -20,10 +20,11 @@ from tasks.index import (
     identity_of,
     published_index,
     still_held,
+    writing_index,
 )
 from tasks.journal import none_starts
 from tasks.keys import KeySet
-from tasks.lance import durable, in_short, open_table, read_batches, writing
+from tasks.lance import durable, in_short, open_table, read_batches, versions_of, writing
 from tasks.ledger import Ledger
 from tasks.params import Config
 from tasks.providers import Space
@@ -103,7 +104,7 @@ def maintain(config: Config, prune_cache: int | None = None) -> Maintained:
             done.append(f"generations given up: {names}")
         if prune_cache is not None:
             done += prune_caches(config, prune_cache, run_id)
-        with writing(f"the index {config.index.table!r} in {config.index.uri}"):
+        with writing_index(config.index):
             cache = Cache(config.state.uri, identity_of(table).space)
             done += tidy(config.index, cache, run_id, thorough=True)
             with still_held(config.index, run_id), durable(config.index.uri, config.index.table):
@@ -189,7 +190,7 @@ def _tidy_state(state_uri: str) -> list[str]:
     done = []
     for name in STATE_TABLES:
         table = open_table(state_uri, name)
-        if table is None or len(table.list_versions()) <= STATE_VERSIONS:
+        if table is None or len(versions_of(table)) <= STATE_VERSIONS:
             continue
         with writing(f"the table {name} in {state_uri}"):
             drop_old_versions(table, state_uri, STATE_STAYS)

@@ -24,9 +24,10 @@ from tasks.index import (
     require_held,
     still_held,
     tag_generation,
+    writing_index,
 )
 from tasks.keys import KeySet, digest_column, first_of_each
-from tasks.lance import data_bytes, quoted, read_where, writing
+from tasks.lance import data_bytes, quoted, read_where
 from tasks.memory import MOST, Sizes, give_back
 from tasks.params import Index
 from tasks.schemas import DELETIONS, HASH, TableRef, metadata_fields, rows_schema
@@ -117,7 +118,7 @@ def publish(
     new = pa.RecordBatchReader.from_batches(schema, _then(vectors, held))
     with (
         still_held(index, run_id),
-        writing(f"the index {index.table!r} in {index.uri}"),
+        writing_index(index),
         committing(index, 0 if table is None else table.version),
     ):
         if table is None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from tasks.errors import EmbedOnceError
 from tasks.findings import Finding, Repair, Verified
-from tasks.index import Identity, adopt, broken_tags, generations, held, open_index
+from tasks.index import Identity, adopt, broken_tags, generations, held, open_index, writing_index
 from tasks.journal import RunFolder, fold
 from tasks.keys import KeySet, first_of_each
 from tasks.mending import TAKEN_ROWS, Mending, bad_rows, mended, require_few_leave
@@ -105,7 +105,8 @@ def _remove_tags(config: Config) -> int:
     table = open_index(config.index)
     broken = broken_tags(table) if table is not None else []
     for name in broken:
-        table.tags.delete(name)  # type: ignore[union-attr]
+        with writing_index(config.index):
+            table.tags.delete(name)  # type: ignore[union-attr]
     return len(broken)
 
 

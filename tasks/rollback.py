@@ -17,11 +17,13 @@ from tasks.index import (
     held,
     identity_of,
     published_index,
+    reading_index,
     still_held,
     tag_generation,
+    writing_index,
 )
 from tasks.keys import KeySet, digest_column
-from tasks.lance import read_batches, writing
+from tasks.lance import read_batches
 from tasks.ledger import Ledger
 from tasks.params import Config
 from tasks.report import Chunks, RunReport, ledger_row
@@ -54,11 +56,11 @@ def rollback(config: Config, number: int | None = None) -> RunReport:
         adopt(config.index)
         table = published_index(config.index)
         target = _chosen(config, generations(table), number)
-        newest, older = _rows(table, None), _rows(table, target.version)
-        place = f"the index {config.index.table!r} in {config.index.uri}"
+        with reading_index(table):
+            newest, older = _rows(table, None), _rows(table, target.version)
         with (
             still_held(config.index, run_id),
-            writing(place),
+            writing_index(config.index),
             committing(config.index, table.version),
         ):
             table.checkout(target.version)

@@ -17,7 +17,7 @@ from lancedb.table import Table
 from tasks.errors import EmbedOnceError
 from tasks.index import SCAN_ROWS, open_index, reading_index
 from tasks.keys import KeySet, digest, digest_column, key_columns
-from tasks.lance import read_batches
+from tasks.lance import read_batches, versions_of
 from tasks.params import Config, Index
 from tasks.schemas import DELETIONS, INDEXED, TableRef, metadata_fields
 from tasks.storage import is_local, storage_at
@@ -153,7 +153,7 @@ def _name(index: Index, table: Table) -> str | None:
 
     None where another run has tidied this version away meanwhile.
     """
-    for each in table.list_versions():
+    for each in versions_of(table):
         if each["version"] == table.version:
             made = each["timestamp"].astimezone(UTC)
             return f"{_folder(index)}/{FORMAT}-{table.version}-{made:%Y%m%dT%H%M%S%f}.arrow"

@@ -8,6 +8,8 @@ from typing import Any
 
 from lancedb.table import Table
 
+from tasks.lance import versions_of
+
 
 @dataclass(frozen=True)
 class Copy:
@@ -66,7 +68,7 @@ class Shape:
 
 def shape_of(table: Table) -> Shape:
     """What `table`, at its newest version, takes on disk."""
-    versions = sorted(table.list_versions(), key=lambda entry: entry["version"])
+    versions = sorted(versions_of(table), key=lambda entry: entry["version"])
     facts = [{name: int(value) for name, value in entry["metadata"].items()} for entry in versions]
     copies: list[Copy] = []
     before: dict[str, int] | None = None

@@ -22,9 +22,9 @@ from lancedb.table import Table
 
 from tasks.cache import Cache
 from tasks.errors import EmbedOnceError
-from tasks.index import TAG, Generation, generations, open_index, require_held
+from tasks.index import TAG, Generation, generations, open_index, require_held, writing_index
 from tasks.journal import none_starts
-from tasks.lance import durable, sync_table
+from tasks.lance import durable, sync_table, versions_of
 from tasks.params import Index
 from tasks.search_indexes import refresh_text_index, vector_index
 from tasks.shape import Shape, shape_of
@@ -93,7 +93,8 @@ def keep_newest(table: Table, index: Index, run_id: str) -> list[Generation]:
 def _give_up(table: Table, unneeded: list[Generation], index: Index, run_id: str) -> None:
     for generation in unneeded:
         require_held(index, run_id)
-        table.tags.delete(f"{TAG}{generation.number}")
+        with writing_index(index):
+            table.tags.delete(f"{TAG}{generation.number}")
 
 
 def make_room(index: Index, cache: Cache, run_id: str, *, writes: int | None, leaves: int) -> None:
@@ -220,7 +221,7 @@ def prune(table: Table, since: int, index: Index, run_id: str) -> int:
         LockLost: Another run has taken the index over.
     """
     before = shape_of(table).disk
-    at = next(each["timestamp"] for each in table.list_versions() if each["version"] == since)
+    at = next(each["timestamp"] for each in versions_of(table) if each["version"] == since)
     for lateness in LATENESS_S:
         age = datetime.now(tz=UTC) - at.astimezone(UTC) + timedelta(seconds=lateness)
         if since == table.version:

@@ -13,7 +13,8 @@ import pytest
 
 from tasks.errors import CorpusError, EmbedOnceError, SettingsError, StorageFailed
 from tasks.form import Overrides
-from tasks.index import open_index
+from tasks.index import generations, open_index, published_index
+from tasks.lance import data_bytes, tags_of, versions_of
 from tasks.params import Config, TableSource
 from tasks.plan import make_plan
 from tasks.providers import Answer
@@ -21,6 +22,7 @@ from tasks.providers.lexical import Lexical
 from tasks.read import ReadNotes, formats
 from tasks.read import bucket as buckets
 from tasks.read.tables import TableReader
+from tasks.shape import shape_of
 from tasks.storage import objects, storage_at
 from tasks.survey import require_runnable
 
@@ -261,6 +263,41 @@ def test_a_store_that_lancedb_does_not_reach_is_told_of_in_words(
         open_index(config_in(bucket, bucket).index)
     road.fault = times(0, "", "")
     assert open_index(config_in(bucket, bucket).index) is None
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "403"])
+def test_versions_and_tags_that_cannot_be_listed_are_told_of_in_words(
+    road: Road, bucket: str, reindex: Callable[..., Any], fault: str
+) -> None:
+    write(bucket, "owl")
+    config = config_in(bucket, bucket)
+    reindex(config)
+    table = published_index(config.index)
+    for look in (versions_of, tags_of, data_bytes, shape_of, generations):
+        road.fault = times(999, fault, "index")
+        with pytest.raises(StorageFailed, match=r"The table t in s3://.*cannot be opened"):
+            look(table)
+        road.fault = times(0, "", "")
+        assert look(table)
+
+
+def test_a_commit_whose_tag_the_store_refuses_is_taken_up_by_the_next_run(
+    road: Road, bucket: str, reindex: Callable[..., Any], paid_for: Counter[str]
+) -> None:
+    config = config_in(bucket, bucket)
+    write(bucket, "owl")
+    reindex(config)
+    write(bucket, "stork")
+    road.fault = times(999, "503", "_refs")
+    with pytest.raises(EmbedOnceError, match=r"cannot be opened|could not write"):
+        reindex(config)
+    road.fault = times(0, "", "")
+    table = published_index(config.index)
+    assert [each.number for each in generations(table)] == [1]
+    assert generations(table)[0].version < table.version
+    reindex(config)
+    assert [each.number for each in generations(published_index(config.index))] == [1, 2]
+    assert set(paid_for.values()) == {1}
 
 
 @pytest.fixture
