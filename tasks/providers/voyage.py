@@ -8,7 +8,7 @@ and is loaded by the first call, so that a plan does not pay for it.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -145,6 +145,20 @@ class Voyage:
         fixed = facts is not None and facts.dimensions == (self.dimension,)
         return None if fixed else self.dimension
 
+    def answer_of(self, body: dict[str, Any], texts: int, request_id: str) -> Answer:
+        """The vectors of an answer that came some other way; raises `AnswerRejected`.
+
+        Args:
+            body: As JSON said it.
+            texts: How many were asked for.
+            request_id: Of who brought it.
+        """
+        from tasks.providers.voyage_reply import Reply  # noqa: PLC0415
+        from tasks.providers.voyage_transport import Outcome  # noqa: PLC0415
+
+        reply = Reply(200, {"x-request-id": request_id})
+        return self._read(Outcome("The Batch API", reply, body), texts)
+
     def _read(self, outcome: "Outcome", texts: int) -> Answer:
         """The vectors of a good answer; what of it is not as it should be is rejected."""
         result = outcome.result if isinstance(outcome.result, dict) else {}
@@ -159,7 +173,7 @@ class Voyage:
         if not all(type(at) is int and 0 <= at < texts for at in order):
             self._reject(outcome, "with vectors that belong to none of the texts")
 
-        rows = [numbers_in_base64(item.get("embedding")) for item in items]
+        rows = [self._bytes(item.get("embedding")) for item in items]
         size = self.dimension * _BITS[self.dtype] // 8
         wrong = [at for at, row in zip(order, rows, strict=True) if len(row) != size]
         if wrong:
@@ -177,6 +191,15 @@ class Voyage:
             outcome.request_id,
             outcome.learned,
         )
+
+    def _bytes(self, embedding: object) -> bytes:
+        """A vector as bytes; none where it is no vector. The Batch API gives lists of numbers."""
+        if not isinstance(embedding, list):
+            return numbers_in_base64(embedding)
+        try:
+            return np.asarray(embedding, "<f4" if self.dtype == "float" else np.uint8).tobytes()
+        except (TypeError, ValueError, OverflowError):
+            return b""
 
     def _reject(self, outcome: "Outcome", what: str, positions: Sequence[int] = ()) -> NoReturn:
         raise AnswerRejected(
