@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 INCOMPLETE = 3
 FOUND = 5
+WAITING = 7
 
 app = typer.Typer(
     name="embed-once",
@@ -104,6 +105,8 @@ def reindex(  # noqa: PLR0917 - an argument an option
         print("Something could not be read; see `skipped` above.", file=sys.stderr)
     if done.chunks.quarantined:
         print("Some texts are refused by the provider; see `left out` above.", file=sys.stderr)
+    if done.state == "waiting":
+        raise typer.Exit(WAITING)
     if done.incomplete or done.chunks.quarantined:
         raise typer.Exit(INCOMPLETE)
 

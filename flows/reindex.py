@@ -22,6 +22,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.cancelling import CANCELS, ENDS, Whole, by_hand, told
 from flows.embedding import embed_all
 from flows.pausing import ApprovalNeeded, approved, require_approved
+from flows.waiting import BatchLane, lane_held, submit_missing, take_in
 from tasks import memory
 from tasks.artifacts import publish_report
 from tasks.claims import Shared
@@ -29,6 +30,7 @@ from tasks.errors import BudgetReached, EmbedOnceError, NotApproved, SettingsErr
 from tasks.fill import Filled
 from tasks.form import Overrides, configured
 from tasks.index import adopt, held, vectors_of
+from tasks.jobs import Settled
 from tasks.journal import RunFolder, unfolded_answers
 from tasks.limiter import LimiterStatistics
 from tasks.notes import About
@@ -50,6 +52,7 @@ from tasks.run import (
     publish_found,
     record_death,
     settle_quarantine,
+    waiting_report,
 )
 from tasks.sender import forget_sender
 from tasks.summary import headline
@@ -58,7 +61,8 @@ from tasks.survey import Survey, require_few_leave, require_runnable, require_sa
 if TYPE_CHECKING:
     import pandas as pd
 
-LEFT_OUT_STATES = ("incomplete", "quarantined")
+NAMED_STATES = ("incomplete", "quarantined", "waiting")
+"""Of reports whose run has completed, and whose name says what is to be known."""
 
 THREADS: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=1024)
 """A task that waits for its retry keeps its thread, so there are far more threads than calls
@@ -89,7 +93,7 @@ def reindex(config: str, overrides: Overrides = Overrides()) -> Any:
         return Cancelled(message="What was paid for is kept.")
     except (BudgetReached, NotApproved) as end:  # no failure, which Prefect would retry
         return Cancelled(name=type(end).__name__, message=str(end), data=end)
-    if report.state in LEFT_OUT_STATES:
+    if report.state in NAMED_STATES:
         return Completed(name=report.state.title(), message=headline(report), data=report)
     return report
 
@@ -139,22 +143,24 @@ def _run(config: str, overrides: Overrides) -> RunReport:
     memory.spare()
     settings = configured(config, overrides)
     space = require_runnable(settings, overrides)
-    folder = RunFolder(settings.state.uri, _run_id())
+    folder, settled = RunFolder(settings.state.uri, _run_id()), Settled()
     with _waits_logged():
         try:
-            return _attempt(settings, overrides, folder, space)
+            return _attempt(settings, overrides, folder, space, settled)
         except ApprovalNeeded as needed:
             plan = needed.plan
         # From here on others may hold the index, so all is looked at anew when it is approved.
         clock = Clock(datetime.now(tz=UTC))
         about = about_run(settings, space, folder.run_id, clock)
-        with _told_if_ended(about, folder, clock):
+        with _told_if_ended(about, folder, clock, settled):
             settings = approved(plan, settings, folder.run_id)
-        return _attempt(settings, overrides, folder, space)
+        return _attempt(settings, overrides, folder, space, settled)
 
 
-def _attempt(settings: Config, overrides: Overrides, folder: RunFolder, space: Space) -> RunReport:
-    """All of a run, while it holds the index.
+def _attempt(
+    settings: Config, overrides: Overrides, folder: RunFolder, space: Space, settled: Settled
+) -> RunReport:
+    """All of a run, while it holds the index; `settled` goes on in what it says.
 
     Raises:
         ApprovalNeeded: It would cost more than it may unasked; nothing was done.
@@ -168,22 +174,33 @@ def _attempt(settings: Config, overrides: Overrides, folder: RunFolder, space: S
         recovered = recover(settings.state.uri, record_death, besides=folder.run_id)
         adopt(settings.index)
         stack.callback(forget_sender, folder)
-        stack.enter_context(_told_if_ended(about, folder, clock))
-        ready = _embedded(settings, overrides, folder, clock)
-        report = whole.run(lambda: _published(ready, folder, recovered, about, clock))
+        stack.enter_context(_told_if_ended(about, folder, clock, settled))
+        lane = stack.enter_context(lane_held(settings, folder.run_id))
+        if lane is not None:
+            take_in(lane, settled)
+        found = _surveyed(settings, overrides, folder, settled)
+        if lane is not None and found.waits:
+            return _waiting(lane, found, folder, settled, about, clock)
+        ready = _embedded(found, overrides, folder, clock)
+        report = whole.run(lambda: _published(ready, folder, recovered, settled, about, clock))
+        if lane is not None:
+            lane.notes.caught_up(settings.index)
     if not by_hand():  # else the cancel came too late: all is done and told
         whole.end()
     return report
 
 
 @contextmanager
-def _told_if_ended(about: About, folder: RunFolder, clock: Clock) -> Iterator[None]:
+def _told_if_ended(
+    about: About, folder: RunFolder, clock: Clock, settled: Settled
+) -> Iterator[None]:
     """Enter the run in the ledger if the block ends early."""
     try:
         yield
     except (EmbedOnceError, *ENDS) as end:
         with suppress(EmbedOnceError):  # then the next run tells of it
-            report = ended_report(about, folder.calls(), *told(end), clock.total())
+            calls = [*settled.calls, *folder.calls()]
+            report = ended_report(about, calls, *told(end), clock.total())
             if isinstance(end, EmbedOnceError):
                 end.facts["report"] = report
             _close(report, folder)
@@ -207,12 +224,34 @@ class _Ready:
     sent: LimiterStatistics
 
 
-def _embedded(settings: Config, overrides: Overrides, folder: RunFolder, clock: Clock) -> _Ready:
-    """The path of the data, up to the point from which on it is published."""
+def _surveyed(
+    settings: Config, overrides: Overrides, folder: RunFolder, settled: Settled
+) -> Survey:
+    """All that is known before anything is sent, once that may be."""
     tell(Progress("reading"))
-    found = survey(settings, overrides, folder.staging)
+    found = survey(settings, overrides, folder.staging, came=settled.hashes())
     require_safe(found, overrides)
     require_approved(found, overrides)
+    return found
+
+
+def _waiting(  # noqa: PLR0917 - as `_published`
+    lane: BatchLane,
+    found: Survey,
+    folder: RunFolder,
+    settled: Settled,
+    about: About,
+    clock: Clock,
+) -> RunReport:
+    """Submit what is missing, and tell what is waited for."""
+    submitted = submit_missing(lane, found, folder.staging)
+    report = waiting_report(found, settled, submitted, about, clock)
+    _close(report, folder)
+    return report
+
+
+def _embedded(found: Survey, overrides: Overrides, folder: RunFolder, clock: Clock) -> _Ready:
+    """The path of the data, up to the point from which on it is published."""
     with clock.stage("embed"):
         _take_up_known(found)
         filled, refused, shared, sent = embed_all(found, folder)
@@ -221,8 +260,13 @@ def _embedded(settings: Config, overrides: Overrides, folder: RunFolder, clock: 
     return _Ready(found, filled, reasons, shared, sent)
 
 
-def _published(
-    ready: _Ready, folder: RunFolder, recovered: Recovered, about: About, clock: Clock
+def _published(  # noqa: PLR0917 - what a run has learned on its way
+    ready: _Ready,
+    folder: RunFolder,
+    recovered: Recovered,
+    settled: Settled,
+    about: About,
+    clock: Clock,
 ) -> RunReport:
     """Publish, tell, and tidy."""
     tell(Progress("publishing"))
@@ -235,6 +279,7 @@ def _published(
         published=published,
         recovered=recovered,
         calls=folder.calls(),
+        settled=settled,
         shared=ready.shared,
         sent=ready.sent,
         reasons=ready.reasons,

@@ -11,9 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from tasks.budget import usd_text
 from tasks.embeddings import Embeddings
 from tasks.limiter import LimiterStatistics
-from tasks.memory import estimated_bytes
+from tasks.memory import estimated_bytes, peak_bytes
 from tasks.notes import Call
-from tasks.run import peak_bytes
 
 
 class EmbedderReport(BaseModel):

@@ -31,9 +31,9 @@ CHUNK_COUNTS = ("total", "added", "changed", "moved", "deleted")
 GROUPS = ["month", "model", "index"]
 COUNTS = (
     *("calls", "ok", "failed", "throttled", "split", "retried"),
-    *("texts", "tokens_estimated", "tokens_billed"),
+    *("texts", "tokens_estimated", "tokens_billed", "tokens_batch_lane"),
 )
-SAVINGS = ("saved_usd.unchanged", "saved_usd.duplicates", "saved_usd.cache")
+SAVINGS = ("saved_usd.unchanged", "saved_usd.duplicates", "saved_usd.cache", "saved_usd.batch_lane")
 
 
 def history(config: Config) -> "pd.DataFrame":
@@ -103,7 +103,9 @@ def totals(config: Engine) -> "pd.DataFrame":
         vectors; `tokens_billed` and `usd` (list price) of all; `waited_seconds` for a turn, of
         calls that may wait side by side.
 
-        `saved_usd.unchanged`, `saved_usd.duplicates` and `saved_usd.cache`: list price of what
+        Of `tokens_billed`, `tokens_batch_lane` are those of the Batch lane.
+
+        `saved_usd.unchanged`, `.duplicates`, `.cache` and `.batch_lane`: list price of what
         reindexes of the month had not to embed, by cause. "unchanged" is counted anew by each
         run: it is what the same runs would have cost that embed everything each time.
     """
@@ -123,6 +125,7 @@ def totals(config: Engine) -> "pd.DataFrame":
             "texts": calls["texts"].where(good, 0),
             "tokens_estimated": calls["tokens_estimated"].where(good, 0),
             "tokens_billed": calls["tokens_billed"],
+            "tokens_batch_lane": calls["tokens_billed"].where(calls["lane"] == "batch", 0),
         }
     ).astype(dict.fromkeys(COUNTS, "int64"))
     counted = counted.assign(usd=calls["usd"], waited_seconds=calls["waited"])
@@ -135,7 +138,7 @@ def totals(config: Engine) -> "pd.DataFrame":
     columns = [*GROUPS, *COUNTS, "usd", "waited_seconds", *SAVINGS]
     frame = pd.concat(parts, ignore_index=True).reindex(columns=columns)
     sums = frame.groupby(GROUPS, as_index=False).sum()
-    return sums.astype({**dict.fromkeys(COUNTS, "int64"), **dict.fromkeys(columns[-5:], float)})
+    return sums.astype({**dict.fromkeys(COUNTS, "int64"), **dict.fromkeys(columns[-6:], float)})
 
 
 def as_lines(frame: "pd.DataFrame", last: int | None = SHOWN) -> str:
@@ -211,6 +214,8 @@ def _total_details(row: Mapping[Hashable, Any]) -> list[str]:
     named = {name: row[name] for name in ("failed", "throttled", "split", "retried")}
     ended = ", ".join(f"{_count(count)} {name}" for name, count in named.items() if count)
     details = [f"calls: {ended}"] if ended else []
+    if row["tokens_batch_lane"]:
+        details.append(f"tokens in the Batch lane: {_count(row['tokens_batch_lane'])}")
     if row["tokens_estimated"] != row["tokens_billed"]:
         details.append(f"tokens estimated: {_count(row['tokens_estimated'])}")
     if row["waited_seconds"] >= WAIT_SHOWN_S:

@@ -1,20 +1,17 @@
-"""Jobs: texts that wait in a provider's Batch lane, and what the state knows of them.
+"""Jobs: texts go into a provider's Batch lane, and what comes of them is taken in.
 
-    jobs/<space>/<job>/texts.arrow   before it is created: what it holds
-    jobs/<space>/<job>/id            right after: what the provider calls it
-
-The first is durable before anything is sent, so a run that dies in between leaves a job that may
-or may not be there; who comes next looks for it among all that the provider holds. Its answers
-are written to a journal of its own and from there on go the way of all answers. The notes go last,
-so whatever a kill cuts off is done again, and nothing is submitted or counted twice.
+The answers of a job are written to a journal of its own and from there on go the way of all
+answers. Its notes go last, so whatever a kill cuts off is done again, and nothing is submitted or
+counted twice.
 """
 
 import json
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,29 +24,22 @@ import pyarrow.compute as pc
 from tasks.budget import may_be_charged
 from tasks.cache import Cache
 from tasks.errors import AnswerRejected, ProviderError
+from tasks.job_notes import JOB_TEXTS, JobNotes, Submission
 from tasks.journal import RunFolder, fold
 from tasks.ledger import Ledger
 from tasks.notes import Call
-from tasks.providers import Space, checked_vectors
+from tasks.progress import tell_waiting
+from tasks.providers import checked_vectors
 from tasks.providers.voyage import Voyage
 from tasks.providers.voyage_jobs import Job, VoyageJobs
 from tasks.schemas import BATCH, HASH, Batch
-from tasks.storage import Hold, Storage, storage_at
 
-JOB_TEXTS = pa.schema(
-    [
-        pa.field("line", pa.int32(), nullable=False),
-        pa.field("text_hash", HASH, nullable=False),
-        pa.field("tokens", pa.int32(), nullable=False),
-    ]
-)
-"""The texts of a job, in the order of its file; `line` counts from 1."""
-
-ABOUT = b"embed_once.job"
 NAME = "embed_once"
 """Of the pair of a job's metadata that says which of ours it is."""
 SURE_S = 600.0
 """So long after it was written down a job that nobody has heard of may still turn up."""
+CANCELS_S, LOOK_S = 900.0, 5.0
+"""A job that is cancelled takes up to 10 minutes to end, by the documentation."""
 PROBLEMS = 3
 """Of a job that failed, so many are told."""
 _OK, _REFUSED, _SERVER = 200, 400, 500
@@ -66,125 +56,41 @@ class Most(NamedTuple):
 MOST = Most()
 
 
-@dataclass(frozen=True)
-class Submission:
-    """A job as the state knows it.
-
-    Attributes:
-        name: Ours.
-        made_at: When it was written down; ISO 8601, UTC.
-        index: Folder and table it was made for.
-        usd_per_million_tokens: Its price.
-        texts: JOB_TEXTS.
-        id: The provider's; None where nobody has heard it.
-    """
-
-    name: str
-    made_at: str
-    index: str
-    usd_per_million_tokens: float
-    texts: pa.Table = field(repr=False)
-    id: str | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Estimated."""
-        return pc.sum(self.texts.column("tokens")).as_py() or 0
-
-    @property
-    def age_s(self) -> float:
-        """Seconds since it was written down."""
-        return (datetime.now(tz=UTC) - datetime.fromisoformat(self.made_at)).total_seconds()
-
-
 @dataclass
 class Settled:
-    """What has become of the jobs of a space.
+    """What a run has seen become of the jobs of a space.
 
     Attributes:
         waiting: Those under way.
-        texts: Whose vectors have come.
-        tokens: What they were billed.
-        usd: What they cost.
+        calls: A line of theirs as a call each, of all whose answers have come.
+        came: text_hash of the texts whose vectors have come, with the index they were for.
         failed: Texts without a vector, by what the provider says.
-        refused: text_hash of those that it refuses; another job would refuse them again.
     """
 
     waiting: list[Submission] = field(default_factory=list)
-    texts: int = 0
-    tokens: int = 0
-    usd: float = 0.0
+    calls: list[Call] = field(default_factory=list)
+    came: list[tuple[str, pa.Array]] = field(default_factory=list)
     failed: Counter[str] = field(default_factory=Counter)
-    refused: list[bytes] = field(default_factory=list)
-
-
-class JobNotes:
-    """The notes of all jobs of a space, in a state."""
-
-    def __init__(self, state_uri: str, space: Space) -> None:
-        self._state_uri = state_uri
-        self._space = space
-        self._folder = f"jobs/{space.id}"
 
     @property
-    def _storage(self) -> Storage:
-        return storage_at(self._state_uri)
+    def texts(self) -> int:
+        """How many vectors have come."""
+        return sum(call.texts for call in self.calls if call.status == "ok")
 
-    def held(self, run_id: str, wait_s: float) -> AbstractContextManager[Hold]:
-        """Keep other runs from settling and submitting; raises `Taken` after `wait_s` seconds."""
-        return self._storage.held(f"jobs/{self._space.id}.lock", run_id, wait_s)
+    @property
+    def tokens(self) -> int:
+        """What they were billed."""
+        return sum(call.tokens_billed for call in self.calls)
 
-    def all(self) -> list[Submission]:
-        """Every job that is not settled, the oldest first."""
-        found = [self._read(name) for name in self._storage.folders(self._folder)]
-        return sorted((each for each in found if each is not None), key=lambda each: each.made_at)
+    @property
+    def usd(self) -> float:
+        """What they cost."""
+        return sum(call.usd for call in self.calls)
 
-    def waiting(self) -> pa.Array:
-        """text_hash of every text that is in one of them."""
-        columns = [each.texts.column("text_hash").combine_chunks() for each in self.all()]
+    def hashes(self, index: str | None = None) -> pa.Array:
+        """text_hash of the texts whose vectors have come, of all or of one index."""
+        columns = [hashes for place, hashes in self.came if index in {None, place}]
         return pa.concat_arrays([pa.array([], HASH), *columns])
-
-    def write(self, submission: Submission) -> None:
-        """Write down what is about to be submitted; durable when this returns."""
-        about = {
-            "made_at": submission.made_at,
-            "index": submission.index,
-            "usd_per_million_tokens": submission.usd_per_million_tokens,
-        }
-        table = submission.texts.replace_schema_metadata({ABOUT: json.dumps(about)})
-        written = pa.BufferOutputStream()
-        with pa.ipc.new_file(written, table.schema) as writer:
-            writer.write_table(table)
-        self._storage.write(self._path(submission.name, "texts.arrow"), written.getvalue())
-
-    def write_id(self, submission: Submission, job_id: str) -> Submission:
-        """Write down what the provider calls it."""
-        self._storage.write(self._path(submission.name, "id"), job_id.encode())
-        return replace(submission, id=job_id)
-
-    def forget(self, submission: Submission) -> None:
-        """It is settled."""
-        # Its texts last: without them an id is nothing, and the other way round it is looked up.
-        for file in ("id", "texts.arrow"):
-            self._storage.delete([self._path(submission.name, file)])
-        self._storage.delete_all(self._path(submission.name))
-
-    def _read(self, name: str) -> Submission | None:
-        data = self._storage.read(self._path(name, "texts.arrow"))
-        if data is None:
-            return None
-        table = pa.ipc.open_file(data).read_all()
-        about = json.loads(table.schema.metadata[ABOUT])
-        job_id = self._storage.read(self._path(name, "id"))
-        return Submission(
-            name=name,
-            texts=table.replace_schema_metadata(None),
-            id=None if job_id is None else job_id.to_pybytes().decode(),
-            **about,
-        )
-
-    def _path(self, name: str, file: str = "") -> str:
-        return f"{self._folder}/{name}/{file}".rstrip("/")
 
 
 def submit(
@@ -261,7 +167,9 @@ def _files(batches: Iterable[Batch], folder: Path, most: Most) -> Iterator[tuple
         yield file()
 
 
-def settle(provider: Voyage, jobs: VoyageJobs, notes: JobNotes, cache: Cache) -> Settled:
+def settle(
+    provider: Voyage, jobs: VoyageJobs, notes: JobNotes, cache: Cache, settled: Settled
+) -> None:
     """See what has become of all jobs of a space, and take in what they bring.
 
     Args:
@@ -269,12 +177,13 @@ def settle(provider: Voyage, jobs: VoyageJobs, notes: JobNotes, cache: Cache) ->
         jobs: Its calls.
         notes: Held by the caller.
         cache: Of the space.
+        settled: What the run has seen before; this goes on in it.
 
     Raises:
         ProviderError: The provider does not tell; what it brought so far is kept.
         StorageFailed: The state takes it not.
     """
-    settled = Settled()
+    settled.waiting = []
     submissions = notes.all()
     unheard = [each for each in submissions if each.id is None]
     ours = {job.metadata.get(NAME): job for job in jobs.jobs()} if unheard else {}
@@ -293,9 +202,38 @@ def settle(provider: Voyage, jobs: VoyageJobs, notes: JobNotes, cache: Cache) ->
         if not job.ended:
             settled.waiting.append(found)
             continue
-        _Harvest(provider, jobs, cache, submission=found, job=job, settled=settled).run()
+        harvest = _Harvest(provider, jobs, cache, submission=found, job=job, settled=settled)
+        harvest.run()
+        if harvest.refused:
+            notes.refuse(harvest.refused, cache)
         _forget(found, jobs, notes, job)
-    return settled
+
+
+def settle_at_once(  # noqa: PLR0917 - as `settle`
+    provider: Voyage,
+    jobs: VoyageJobs,
+    notes: JobNotes,
+    cache: Cache,
+    settled: Settled,
+    index: str,
+) -> None:
+    """The same where an index can wait no longer: its jobs are cancelled, what they have is taken.
+
+    What has not ended after CANCELS_S stays under way. Args and errors as in `settle`.
+    """
+    settle(provider, jobs, notes, cache, settled)
+    heard = {each.name: str(each.id) for each in settled.waiting if each.index == index and each.id}
+    for job_id in heard.values():
+        try:
+            jobs.cancel(job_id)
+        except ProviderError:
+            if not jobs.job(job_id).ended:  # else it has ended just now
+                raise
+    until = time.monotonic() + CANCELS_S
+    while heard.keys() & {each.name for each in settled.waiting} and time.monotonic() < until:
+        tell_waiting(f"{len(heard):,} jobs of the Batch lane are cancelled, which takes minutes")
+        time.sleep(LOOK_S)
+        settle(provider, jobs, notes, cache, settled)
 
 
 def _forget(
@@ -312,7 +250,11 @@ def _forget(
 
 
 class _Harvest:
-    """Takes in one job that has ended."""
+    """Takes in one job that has ended.
+
+    Attributes:
+        refused: text_hash of what another job would refuse again.
+    """
 
     def __init__(
         self,
@@ -331,6 +273,7 @@ class _Harvest:
         ends = np.flatnonzero(np.diff(numbers, append=-1)) + 1
         self._ends: npt.NDArray[np.int64] = ends
         self._seen = set[int]()
+        self.refused = list[bytes]()
 
     def run(self) -> None:
         """Store its answers, then count them; done again, it changes nothing."""
@@ -343,6 +286,7 @@ class _Harvest:
             fold(self._folder, self._cache)
             Ledger(self._cache.state_uri).record_calls(calls)
             self._folder.forget_notes()
+        self._settled.calls += calls
         self._count_missing()
 
     def _count_missing(self) -> None:
@@ -350,10 +294,12 @@ class _Harvest:
         told = pa.array(sorted(self._seen), pa.int32())
         texts = self._submission.texts
         rest = texts.filter(pc.invert(pc.is_in(texts.column("line"), told)))
-        missing = int(np.sum(~self._cache.holds(rest.column("text_hash"))))
-        if missing:
+        missing = rest.filter(pa.array(~self._cache.holds(rest.column("text_hash"))))
+        if missing.num_rows:
             words = "; ".join(self._job.problems[:PROBLEMS]) or f"the job is {self._job.status}"
-            self._settled.failed[words] += missing
+            self._settled.failed[words] += missing.num_rows
+            if self._job.status == "failed":
+                self.refused += missing.column("text_hash").to_pylist()
 
     def _texts(self, line: int) -> pa.Table:
         start = 0 if line == 1 else int(self._ends[line - 2])
@@ -377,7 +323,7 @@ class _Harvest:
         words = str(error.get("code") or response.get("message") or status)
         self._settled.failed[words] += len(texts)
         if isinstance(status, int) and _REFUSED <= status < _SERVER:
-            self._settled.refused += texts.column("text_hash").to_pylist()
+            self.refused += texts.column("text_hash").to_pylist()
 
     def _answer(self, line: int, texts: pa.Table, body: dict[str, Any]) -> None:
         hashes = texts.column("text_hash").combine_chunks()
@@ -391,9 +337,7 @@ class _Harvest:
             return
         call = self._call(line, texts, answer.billed_tokens, "ok")
         self._folder.write_answer(hashes, vectors, self._provider.space, call)
-        self._settled.texts += len(texts)
-        self._settled.tokens += call.tokens_billed
-        self._settled.usd += call.usd
+        self._settled.came.append((self._submission.index, hashes))
 
     def _call(self, line: int, texts: pa.Table, billed: int, status: str) -> Call:
         return Call(
@@ -413,4 +357,5 @@ class _Harvest:
             request_id=self._job.id,
             model=self._provider.space.model_name,
             index=self._submission.index,
+            lane="batch",
         )

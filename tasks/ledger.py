@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from lancedb.table import Table
@@ -32,6 +32,9 @@ _ARROW = {"str": pa.utf8(), "int": pa.int64(), "float": pa.float64()}
 CALLS = pa.schema([pa.field(f.name, _ARROW[str(f.type.__name__)]) for f in fields(Call)])  # type: ignore[union-attr]
 """One row a provider call, fields as in `Call`."""
 
+LATER = {"model": "", "index": "", "lane": "realtime"}
+"""What an earlier version did not keep of a call, and what it is taken for."""
+
 
 class Ledger:
     """What was done and what it cost."""
@@ -55,17 +58,17 @@ class Ledger:
 
         table = self._open("ledger")
         rows = [] if table is None else table.to_arrow().column("report").to_pylist()
-        # An earlier version did not say the model.
-        frame = pd.json_normalize([{"model": "", **json.loads(row)} for row in rows])
+        frame = pd.json_normalize([_as_now(json.loads(row)) for row in rows])
         return frame.sort_values("started_at", ignore_index=True) if len(frame) else frame
 
     def calls(self) -> "pd.DataFrame":
         """All provider calls as a frame, in the order they were recorded; columns as in `Call`."""
         table = self._open("calls")
         arrow = CALLS.empty_table() if table is None else table.to_arrow()
-        # An earlier version kept neither model nor index.
-        frame: pd.DataFrame = arrow.to_pandas().reindex(columns=CALLS.names, fill_value="")
-        return frame.fillna({"model": "", "index": ""})
+        frame: pd.DataFrame = arrow.to_pandas()
+        for name, value in LATER.items():
+            frame[name] = frame[name].fillna(value) if name in frame else value
+        return frame[CALLS.names]
 
     def calls_of(self, run_id: str) -> list[Call]:
         """The provider calls of one run."""
@@ -73,7 +76,7 @@ class Ledger:
         if table is None:
             return []
         rows = table.search().where(f"run_id = {quoted(run_id)}").to_arrow().to_pylist()
-        return [Call(**row) for row in rows]
+        return [Call(**(row | _later(row))) for row in rows]
 
     def _open(self, name: str) -> Table | None:
         return open_table(self._uri, name)
@@ -85,3 +88,14 @@ class Ledger:
             table = make_table(self._uri, name, schema)
             merge = table.merge_insert(key).when_not_matched_insert_all()
             merge.execute(pa.Table.from_pylist(rows, schema=schema))
+
+
+def _as_now(report: dict[str, Any]) -> dict[str, Any]:
+    """A report with what an earlier version did not say: the model, what the Batch lane saved."""
+    report["cost"]["saved_usd"].setdefault("batch_lane", 0.0)
+    return {"model": "", **report}
+
+
+def _later(row: dict[str, Any]) -> dict[str, str]:
+    """What an earlier version did not keep of a call."""
+    return {name: value for name, value in LATER.items() if row.get(name) is None}

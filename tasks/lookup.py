@@ -10,8 +10,10 @@ import pyarrow.compute as pc
 
 from tasks.cache import Cache
 from tasks.keys import KeySet, first_of_each
-from tasks.schemas import CHANGES, INDEXED, MISSES, TableRef
+from tasks.schemas import CHANGES, HASH, INDEXED, MISSES, TableRef
 from tasks.stage import stage
+
+NONE = pa.array([], HASH)
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class LookedUp:
         cache_tokens: Their estimated tokens.
         in_index: text_hash of those known only from the published index.
         quarantined: text_hash of those that nobody will send again.
+        came: Of those known, what this run has taken from the Batch lane.
+        waiting: Texts that are in the Batch lane.
+        waiting_tokens: Their estimated tokens.
     """
 
     misses: TableRef
@@ -31,6 +36,9 @@ class LookedUp:
     cache_tokens: int
     in_index: pa.Array
     quarantined: pa.Array
+    came: int
+    waiting: int
+    waiting_tokens: int
 
 
 @stage("lookup")
@@ -42,6 +50,8 @@ def lookup(
     *,
     unfolded: Sequence[pa.Array],
     quarantined: pa.Array,
+    waiting: pa.Array = NONE,
+    came: pa.Array = NONE,
 ) -> LookedUp:
     """Hold the texts of `changes` against all vectors that are already paid for.
 
@@ -54,6 +64,8 @@ def lookup(
         target: File for the MISSES table.
         unfolded: text_hash columns of answers that are paid but not in the cache yet.
         quarantined: text_hash of texts that the provider has refused.
+        waiting: text_hash of texts that are in the Batch lane.
+        came: text_hash of texts that this run itself has taken from there.
     """
     table = changes.load(CHANGES)
     # Lines alone differ in relined rows: they need their vector too, but nothing was saved.
@@ -68,12 +80,18 @@ def lookup(
         cached |= KeySet(column).holds(hashes)
     published = KeySet(indexed.load(INDEXED).column("text_hash")).holds(hashes)
     known = cached | published
-    refused = KeySet(quarantined).holds(hashes) & ~known
-    misses = needed.filter(pa.array(~known & ~refused)).cast(MISSES)
+    taken_in = KeySet(came).holds(hashes)
+    counts &= ~taken_in
+    waits = KeySet(waiting).holds(hashes) & ~known
+    refused = KeySet(quarantined).holds(hashes) & ~known & ~waits
+    misses = needed.filter(pa.array(~known & ~refused & ~waits)).cast(MISSES)
     return LookedUp(
         misses=TableRef.write(target, MISSES, [misses]),
         from_cache=int(np.sum(known & counts)),
         cache_tokens=pc.sum(needed.filter(pa.array(known & counts)).column("tokens")).as_py() or 0,
         in_index=hashes.filter(pa.array(published & ~cached)).combine_chunks(),
         quarantined=hashes.filter(pa.array(refused)).combine_chunks(),
+        came=int(np.sum(known & taken_in)),
+        waiting=int(np.sum(waits)),
+        waiting_tokens=pc.sum(needed.filter(pa.array(waits)).column("tokens")).as_py() or 0,
     )

@@ -32,6 +32,7 @@ class Call:
         request_id: The provider's name for it.
         model: Provider and model, `voyage/voyage-4`; "" where an earlier version wrote it down.
         index: Folder and table it was made for; "" where it was for none, or as with `model`.
+        lane: "realtime", or "batch" for what came through the Batch lane, without its times.
     """
 
     run_id: str
@@ -50,6 +51,7 @@ class Call:
     request_id: str
     model: str = ""
     index: str = ""
+    lane: str = "realtime"
 
     @property
     def key(self) -> tuple[int, int, int]:

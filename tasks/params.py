@@ -111,6 +111,18 @@ class Embedding(Settings):
         min_length=1,
         description="Prefect Secret block; null: VOYAGE_API_KEY or OPENAI_API_KEY.",
     )
+    lane: Literal["realtime", "batch", "auto"] = Field(
+        default="realtime",
+        description="How a reindex has texts embedded: realtime, at once; batch, by Voyage's Batch "
+        "API, within hours and a third cheaper; auto, by that where it is worth the wait.",
+    )
+    lane_deadline: float = Field(
+        default=86_400.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that an index may wait for the Batch lane; then what is missing goes "
+        "the realtime lane. auto needs at least the lane's window, 43200.",
+    )
     tokenizer: LocalPath | None = Field(
         default=None, description="The model's tokenizer.json; null: estimated, then learned."
     )

@@ -13,6 +13,7 @@ from tasks.compare import repeated_tokens, tally
 from tasks.errors import SettingsError
 from tasks.form import Overrides
 from tasks.keys import KeySet
+from tasks.lanes import WINDOW_S
 from tasks.params import Config
 from tasks.report import Chunks, Cost, Part, Saved, Texts
 from tasks.schemas import CHANGES, DELETIONS, PACKED
@@ -34,6 +35,11 @@ class Plan(Part):
         tokens: Estimated tokens to embed.
         tokens_margin: How far the bill may lie above that, relative; 0 where they are counted.
         usd: Their list price; `free_tokens` of the account are not taken off.
+        lane: Where they would go, "realtime" or "batch"; `cost` is the price there.
+        lane_why: Why; "" where nobody asked.
+        waiting: Texts that are in the Batch lane already, in no other count; a reindex can
+            publish once they have come.
+        usd_realtime: List price in the realtime lane.
         usd_batch_lane: The same in the provider's Batch lane; null where it has none.
         seconds_at_limits: Time that the calls wait for the account's limits; 0 within one
             minute's quota.
@@ -58,6 +64,10 @@ class Plan(Part):
     tokens: int
     tokens_margin: float
     cost: Cost
+    lane: str
+    lane_why: str
+    waiting: int
+    usd_realtime: float
     usd_batch_lane: float | None
     free_tokens: int
     seconds_at_limits: float
@@ -112,7 +122,16 @@ def plan_of(survey: Survey, overrides: Overrides) -> Plan:
         calls=packed.batches,
         tokens=packed.tokens,
         tokens_margin=survey.provider.estimate.margin,
-        cost=cost_of(survey, packed.tokens, refused),
+        cost=cost_of(
+            survey,
+            packed.tokens,
+            refused,
+            lane_saves=facts.usd(packed.tokens) - survey.lane.usd(packed.tokens),
+        ),
+        lane=survey.lane.name,
+        lane_why=survey.lane.why,
+        waiting=survey.looked_up.waiting,
+        usd_realtime=facts.usd(packed.tokens),
         usd_batch_lane=facts.batch_usd(packed.tokens),
         free_tokens=facts.free_tokens,
         seconds_at_limits=wait_s,
@@ -179,8 +198,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         needed = "needed" if plan.needs_approval else "not needed"
         free = usd_text(plan.approve_above_usd, plan.cost.usd)
         rows.append(("approval", f"{needed}, up to {free} goes unasked"))
-    if plan.usd_batch_lane is not None:
-        rows.append(("in the Batch lane", usd_text(plan.usd_batch_lane)))
+    rows += _lane_rows(plan)
     if plan.free_tokens:
         rows.append(("free tokens", f"{plan.free_tokens:,} an account; what is left is unknown"))
     if plan.bound_by:
@@ -193,6 +211,21 @@ def plan_rows(plan: Plan) -> list[Row]:
     elif plan.limited and plan.calls:
         rows.append(("time at limits", "none to wait: it is within a minute's quota"))
     return rows + skipped_rows(plan.skipped, plan.examples)
+
+
+def _lane_rows(plan: Plan) -> list[Row]:
+    """Both prices, and which of them it will be."""
+    rows = list[Row]()
+    if plan.lane == "batch":
+        rows.append(("in the realtime lane", usd_text(plan.usd_realtime)))
+        rows.append(("lane", f"batch, within {span_text(WINDOW_S)}: {plan.lane_why}"))
+    elif plan.usd_batch_lane is not None:
+        rows.append(("in the Batch lane", usd_text(plan.usd_batch_lane)))
+    if plan.lane == "realtime" and plan.lane_why:
+        rows.append(("lane", f"realtime: {plan.lane_why}"))
+    if plan.waiting:
+        rows.append(("in the Batch lane now", f"{plan.waiting:,} texts; published once they come"))
+    return rows
 
 
 def _tokens_text(plan: Plan) -> str:
@@ -225,8 +258,15 @@ def texts_of(survey: Survey, embedded: int, shared: int = 0) -> Texts:
     )
 
 
-def cost_of(survey: Survey, tokens: int, refused: KeySet, shared_tokens: int = 0) -> Cost:
-    """List price of `tokens`, and of what need not be embedded, by cause.
+def cost_of(
+    survey: Survey,
+    tokens: int,
+    refused: KeySet,
+    shared_tokens: int = 0,
+    *,
+    lane_saves: float = 0.0,
+) -> Cost:
+    """List price of `tokens` less what the Batch lane saves, and of what need not be embedded.
 
     Chunks that repeat a text of `refused` save nothing: nobody bills it.
     """
@@ -236,6 +276,7 @@ def cost_of(survey: Survey, tokens: int, refused: KeySet, shared_tokens: int = 0
         unchanged=usd(survey.compared.unchanged_tokens),
         duplicates=usd(survey.compared.duplicate_tokens - repeated_tokens(unbilled)),
         cache=usd(survey.looked_up.cache_tokens + shared_tokens),
+        batch_lane=lane_saves,
     )
     without = usd(tokens) + saved.unchanged + saved.duplicates + saved.cache
-    return Cost(usd=usd(tokens), usd_without_reuse=without, saved_usd=saved)
+    return Cost(usd=usd(tokens) - lane_saves, usd_without_reuse=without, saved_usd=saved)

@@ -69,11 +69,45 @@ class Tokens(Part):
 
 
 class Saved(Part):
-    """List price of what did not have to be embedded, by cause."""
+    """List price of what did not have to be embedded, or for less in the Batch lane, by cause."""
 
     unchanged: float = 0.0
     duplicates: float = 0.0
     cache: float = 0.0
+    batch_lane: float = 0.0
+
+
+class BatchLane(Part):
+    """What a run had to do with the Batch lane.
+
+    Attributes:
+        submitted_texts: Sent there by this run.
+        submitted_tokens: Estimated.
+        submitted_usd: Their list price there, by that estimate; billed by the run that takes
+            them in.
+        waiting_texts: Texts of the corpus that are there when the run ends.
+        waiting_jobs: Jobs under way by then.
+        came_texts: Texts whose vectors this run has taken in; `texts.embedded`, `tokens` and
+            `cost` have them too.
+        came_tokens: Billed.
+        came_usd: Their list price.
+        superseded_texts: Texts that have come or wait and that the corpus no longer has: they
+            are paid for and cached all the same.
+        failed: Texts that came without a vector, by what the provider says.
+        why: Why the missing texts went this way; "" where nobody asked.
+    """
+
+    submitted_texts: int = 0
+    submitted_tokens: int = 0
+    submitted_usd: float = 0.0
+    waiting_texts: int = 0
+    waiting_jobs: int = 0
+    came_texts: int = 0
+    came_tokens: int = 0
+    came_usd: float = 0.0
+    superseded_texts: int = 0
+    failed: dict[str, int] = {}
+    why: str = ""
 
 
 class Cost(Part):
@@ -173,8 +207,8 @@ class RunReport(Part):
         restored: The older generation that a rollback published again; null for other runs.
         state: "completed", "unchanged", "quarantined" (the provider refuses some texts),
             "incomplete" (something could not be read), "failed", "over budget" (it
-            stopped at its budget), "not approved" (nobody approved its price), "cancelled" or
-            "died" (killed; told by the run that takes up after it).
+            stopped at its budget), "waiting" (for the Batch lane), "not approved" (nobody approved
+            its price), "cancelled" or "died" (killed; told by the run that takes up after it).
         started_at: ISO 8601, UTC.
         known_texts: Distinct texts of the corpus whose vector was in the index or the cache before
             this run, or paid for by another one meanwhile.
@@ -215,6 +249,7 @@ class RunReport(Part):
     refused_texts: int = 0
     failed_calls: dict[str, int] = {}
     waited_seconds: dict[str, float] = {}
+    batch_lane: BatchLane = BatchLane()
     refused: tuple[LeftOut, ...] = ()
     skipped: dict[str, int] = {}
     examples: dict[str, list[str]] = {}

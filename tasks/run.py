@@ -1,14 +1,11 @@
 """The run: its clock, and its report counted from what the stages left."""
 
-import resource
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +15,13 @@ from tasks.compare import tally
 from tasks.fill import Filled
 from tasks.fingerprint import Keyed
 from tasks.form import Overrides
+from tasks.job_notes import Submission
+from tasks.jobs import Settled
 from tasks.journal import RunFolder
 from tasks.keys import KeySet
 from tasks.ledger import Ledger
 from tasks.limiter import LimiterStatistics
+from tasks.memory import peak_bytes
 from tasks.notes import OUTCOMES, About, Call, Refused
 from tasks.params import Config
 from tasks.plan import chunks_of, cost_of, texts_of
@@ -31,6 +31,7 @@ from tasks.quarantine import Quarantine
 from tasks.read.tree import CHANGED
 from tasks.recover import Recovered
 from tasks.report import (
+    BatchLane,
     Calls,
     Chunks,
     Concurrency,
@@ -47,7 +48,7 @@ from tasks.report import (
     place,
 )
 from tasks.scan import keep_scan
-from tasks.schemas import CHANGES, DELETIONS
+from tasks.schemas import CHANGES, DELETIONS, HASH, KEYED
 from tasks.stamps import keep_stamps
 from tasks.survey import Survey
 
@@ -184,15 +185,19 @@ def finished_report(
     published: Published,
     recovered: Recovered,
     calls: Sequence[Call],
+    settled: Settled,
     shared: Shared,
     sent: LimiterStatistics,
     reasons: Mapping[bytes, str],
     about: About,
     clock: Clock,
 ) -> RunReport:
-    """The report of a run that published, or had nothing to publish."""
+    """The report of a run that published, or had nothing to publish.
+
+    `calls` are its own, beside those that `settled` has from the Batch lane.
+    """
     counts = tally(filled.changes.load(CHANGES), filled.deletions.load(DELETIONS))
-    ok = [call for call in calls if call.status == "ok"]
+    at_once, calls = calls, [*settled.calls, *calls]
     tokens = _tokens(calls)
     embedded = embedded_texts(calls)
     left_out = KeySet(filled.left_out.column("text_hash").combine_chunks())
@@ -219,7 +224,13 @@ def finished_report(
         texts=texts_of(survey, embedded, shared.texts),
         calls=_calls(calls),
         tokens=tokens,
-        cost=cost_of(survey, tokens.billed, left_out, shared.tokens),
+        cost=cost_of(
+            survey,
+            tokens.billed,
+            left_out,
+            shared.tokens,
+            lane_saves=survey.facts.usd(settled.tokens) - settled.usd,
+        ),
         seconds=Seconds(
             read=survey.keyed.read_s,
             fingerprint=survey.keyed.fingerprint_s,
@@ -229,8 +240,8 @@ def finished_report(
             publish=clock.seconds.get("publish", 0.0),
             total=clock.total(),
         ),
-        throughput=_throughput(survey.keyed, embedded, tokens.billed, embed_s, sent),
-        latency_ms=_latency(ok),
+        throughput=_throughput(survey.keyed, at_once, embed_s, sent),
+        latency_ms=_latency(at_once),
         concurrency=Concurrency(
             limit=survey.config.limits.concurrency,
             reached=sent.peak_in_flight,
@@ -241,6 +252,7 @@ def finished_report(
             survey.compared.unique_texts
             - survey.packed.texts
             - len(survey.looked_up.quarantined)
+            - survey.looked_up.came
             + shared.texts
         ),
         refused_texts=len(filled.left_out.column("text_hash").unique()),
@@ -253,7 +265,48 @@ def finished_report(
         recovered_vectors=recovered.vectors,
         unreadable_answers=len(recovered.set_aside),
         incomplete=incomplete,
+        batch_lane=_batch_lane(survey, settled),
     )
+
+
+def waiting_report(
+    survey: Survey,
+    settled: Settled,
+    submitted: Sequence[Submission],
+    about: About,
+    clock: Clock,
+) -> RunReport:
+    """The report of a run that ends while texts are in the Batch lane; the index is as it was."""
+    report = ended_report(about, settled.calls, "waiting", "", clock.total())
+    texts = texts_of(survey, report.texts.embedded)
+    lane = _batch_lane(survey, settled, submitted)
+    return report.model_copy(update={"texts": texts, "batch_lane": lane})
+
+
+def _batch_lane(
+    survey: Survey, settled: Settled, submitted: Sequence[Submission] = ()
+) -> BatchLane:
+    tokens, index = sum(each.tokens for each in submitted), survey.config.index.place
+    theirs = [each.texts.column("text_hash") for each in settled.waiting if each.index == index]
+    paid = pa.chunked_array([settled.hashes(index), *_chunks(theirs)], HASH).unique()
+    corpus = survey.keyed.table.load(KEYED).column("text_hash")
+    return BatchLane(
+        submitted_texts=sum(each.texts.num_rows for each in submitted),
+        submitted_tokens=tokens,
+        submitted_usd=survey.lane.usd(tokens),
+        waiting_texts=survey.looked_up.waiting + sum(each.texts.num_rows for each in submitted),
+        waiting_jobs=len(settled.waiting) + len(submitted),
+        came_texts=settled.texts,
+        came_tokens=settled.tokens,
+        came_usd=settled.usd,
+        superseded_texts=int(np.sum(~KeySet(corpus).holds(paid))) if len(paid) else 0,
+        failed=dict(settled.failed),
+        why=survey.lane.why,
+    )
+
+
+def _chunks(columns: Iterable[pa.ChunkedArray]) -> list[pa.Array]:
+    return [chunk for column in columns for chunk in column.chunks]
 
 
 def ended_report(
@@ -278,23 +331,12 @@ def ended_report(
         cost=Cost(usd=sum(call.usd for call in calls)),
         seconds=Seconds(total=seconds),
         throughput=Throughput(),
-        latency_ms=_latency([call for call in calls if call.status == "ok"]),
+        latency_ms=_latency(calls),
         concurrency=Concurrency(limit=about.concurrency),
         memory=Memory(peak_bytes=peak_bytes() if seconds else 0),
         failed_calls=_failed_calls(calls),
         error=error,
     )
-
-
-def peak_bytes() -> int:
-    """Most memory this process held, in bytes."""
-    # On Linux `ru_maxrss` counts what the process held that started this one, too.
-    status = Path("/proc/self/status")
-    told = status.read_text(encoding="ascii") if status.is_file() else ""
-    if found := told.partition("VmHWM:")[2].split():
-        return 1024 * int(found[0])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _calls(calls: Sequence[Call]) -> Calls:
@@ -315,8 +357,9 @@ def _tokens(calls: Sequence[Call]) -> Tokens:
 
 
 def _throughput(
-    read: Keyed, embedded: int, tokens: int, seconds: float, sent: LimiterStatistics
+    read: Keyed, calls: Sequence[Call], seconds: float, sent: LimiterStatistics
 ) -> Throughput:
+    embedded, tokens = embedded_texts(calls), sum(call.tokens_billed for call in calls)
     limited = sent.requests_per_minute or sent.tokens_per_minute
     sending = bool(embedded and seconds)
     read_s = read.read_s + read.fingerprint_s
@@ -331,10 +374,11 @@ def _throughput(
     )
 
 
-def _latency(ok: Sequence[Call]) -> Latency:
+def _latency(calls: Sequence[Call]) -> Latency:
+    ok = [call.seconds * 1000 for call in calls if call.status == "ok" and call.lane == "realtime"]
     if not ok:
         return Latency()
-    p50, p95, p99 = np.percentile([call.seconds * 1000 for call in ok], [50, 95, 99])
+    p50, p95, p99 = np.percentile(ok, [50, 95, 99])
     return Latency(p50=float(p50), p95=float(p95), p99=float(p99))
 
 

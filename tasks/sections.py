@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tasks.budget import usd_text
 from tasks.notes import Call
 from tasks.pictures import Bar, Level, Picture, area, bars, ranges
-from tasks.report import Cost, RunReport, Saved
+from tasks.report import BatchLane, Cost, RunReport, Saved
 from tasks.summary import (
     ENDED,
     Row,
@@ -74,6 +74,7 @@ def sections(report: RunReport, calls: Sequence[Call] = ()) -> list[Section]:
     found = [
         Section("What changed", _changed(report)),
         Section("Money", _money(report), _money_pictures(report.cost)),
+        Section("Batch lane", _batch_lane(report.batch_lane)),
         Section("Calls", _calls(report), _call_pictures(over_time)),
         Section("Limits", _limits(report), _limit_pictures(report, over_time)),
         Section("Failed or left out", _failures(report)),
@@ -125,8 +126,30 @@ def _money(report: RunReport) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def _batch_lane(lane: BatchLane) -> tuple[Row, ...]:
+    rows = list[Row]()
+    if lane.submitted_texts:
+        price = f"about {lane.submitted_tokens:,} tokens, {usd_text(lane.submitted_usd)}"
+        rows.append(("submitted", f"{lane.submitted_texts:,} texts, {price}"))
+    if lane.waiting_texts:
+        jobs = "job" if lane.waiting_jobs == 1 else "jobs"
+        rows.append(("waiting", f"{lane.waiting_texts:,} texts in {lane.waiting_jobs:,} {jobs}"))
+    if lane.came_texts:
+        price = f"{lane.came_tokens:,} tokens, {usd_text(lane.came_usd)}"
+        rows.append(("came", f"{lane.came_texts:,} texts, {price}"))
+    if lane.superseded_texts:
+        gone = f"{lane.superseded_texts:,} texts that the corpus no longer has"
+        rows.append(("superseded", f"{gone}; paid for, and kept in the cache"))
+    for reason, count in lane.failed.items():
+        rows.append((f"failed: {cut(reason, LONGEST_NAME)}", f"{count:,} texts"))
+    if lane.why:
+        rows.append(("why", lane.why))
+    return tuple(rows)
+
+
 def _saved(saved: Saved) -> dict[str, float]:
-    return {cause: value for cause, value in saved.model_dump().items() if value}
+    named = saved.model_dump()
+    return {cause.replace("_", " "): value for cause, value in named.items() if value}
 
 
 def _money_pictures(cost: Cost) -> tuple[Picture, ...]:

@@ -120,6 +120,7 @@ def percent_text(share: float, *, beside: float | None = None) -> str:
 ENDED = {
     "failed": "failed; the index is as it was.",
     "over budget": ("stopped at its budget; the index is as it was, what was paid for is kept."),
+    "waiting": "waits for the Batch lane; the index is as it was, run again when it has come.",
     "not approved": "not approved; the index is as it was, nothing was spent.",
     "cancelled": "cancelled; the index is as it was, what was paid for is kept.",
     "died": "ended without a word; what was paid for is kept.",
@@ -155,7 +156,8 @@ def headline(report: RunReport) -> str:
 
 def saved_text(usd_by_cause: Mapping[str, float]) -> str:
     """What was saved by what; "" where nothing was."""
-    return ", ".join(f"{cause} {usd_text(usd)}" for cause, usd in usd_by_cause.items() if usd)
+    named = ((cause.replace("_", " "), usd) for cause, usd in usd_by_cause.items() if usd)
+    return ", ".join(f"{cause} {usd_text(usd)}" for cause, usd in named)
 
 
 def waits_text(seconds_by_cause: Mapping[str, float]) -> str:

@@ -7,10 +7,11 @@ folder only.
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from lancedb.table import Table
 
 from tasks.budget import usd_text
@@ -22,9 +23,11 @@ from tasks.fill import Filled, Filling, KnownSizes
 from tasks.fingerprint import Keyed, fingerprint
 from tasks.form import Overrides
 from tasks.index import Identity, generations, identity_of, open_index, require_space
+from tasks.job_notes import JobNotes
 from tasks.journal import unfolded_hashes
-from tasks.keys import hash_column
-from tasks.lookup import LookedUp, lookup
+from tasks.keys import KeySet, hash_column
+from tasks.lanes import Lane, lane_of, require_lane
+from tasks.lookup import NONE, LookedUp, lookup
 from tasks.memory import MOST, Sizes, sizes_for, within
 from tasks.notes import Refused
 from tasks.pack import Packed, pack
@@ -37,7 +40,7 @@ from tasks.read import Reader
 from tasks.read.files import FilesReader
 from tasks.read.tables import TableReader
 from tasks.scan import scan, scan_unless_known
-from tasks.schemas import CHANGES, DELETIONS, HASH, TableRef, metadata_fields
+from tasks.schemas import CHANGES, DELETIONS, HASH, MISSES, TableRef, metadata_fields
 from tasks.stamps import FirstPass, kept_stamps, made_by
 from tasks.storage import is_local, storage_at
 from tasks.workers import on_workers, require_dask
@@ -61,10 +64,16 @@ class Survey:
     same_columns: bool
     compared: Compared
     looked_up: LookedUp
+    lane: Lane
     packed: Packed
     indexed_splitter: str
     compare_s: float
     lookup_s: float
+
+    @property
+    def waits(self) -> bool:
+        """Whether the run cannot publish yet: texts are in the Batch lane, or are to go there."""
+        return bool(self.looked_up.waiting) or self.lane.name == "batch"
 
     def filling(self, sizes: KnownSizes, folder: Path) -> Filling:
         """The second pass; `sizes` of texts and calls, and the staging `folder`."""
@@ -85,7 +94,14 @@ class Survey:
         return pa.concat_arrays([self.looked_up.quarantined, hashes])
 
 
-def survey(config: Config, overrides: Overrides, folder: Path, *, anew: bool = False) -> Survey:
+def survey(
+    config: Config,
+    overrides: Overrides,
+    folder: Path,
+    *,
+    anew: bool = False,
+    came: pa.Array = NONE,
+) -> Survey:
     """Read, fingerprint, compare, look up and pack; nothing is sent or published.
 
     Args:
@@ -94,12 +110,14 @@ def survey(config: Config, overrides: Overrides, folder: Path, *, anew: bool = F
         folder: Staging folder for the tables between the stages.
         anew: Read every file and every row of the index, whatever is known of them, and
             whatever memory that takes.
+        came: text_hash of texts that this run has taken from the Batch lane.
 
     Raises:
         SettingsError: The config does not fit the corpus, the model or the index.
         CorpusError: The corpus holds what no index can hold.
     """
     facts = facts_for(config.embedding)
+    require_lane(config.embedding)
     provider = on_workers(config, open_provider(config))
     reader = open_reader(config, overrides)
     identity = Identity(provider.space, reader.splitter)
@@ -129,6 +147,8 @@ def survey(config: Config, overrides: Overrides, folder: Path, *, anew: bool = F
     unfolded = unfolded_hashes(config.state.uri, identity.space)
     cache = Cache(config.state.uri, identity.space)
     quarantine = Quarantine(config.state.uri, identity.space.id)
+    jobs = JobNotes(config.state.uri, identity.space)
+    may_wait = config.embedding.lane != "realtime"
     skip = quarantine.hashes if not overrides.retry_quarantined else pa.array([], HASH)
     looked_up = lookup(
         compared.changes,
@@ -137,7 +157,18 @@ def survey(config: Config, overrides: Overrides, folder: Path, *, anew: bool = F
         folder / "misses.arrow",
         unfolded=unfolded,
         quarantined=skip,
+        waiting=jobs.waiting() if may_wait else NONE,
+        came=came,
     )
+    misses = looked_up.misses.load(MISSES)
+    lane = lane_of(config.embedding, 0, None)
+    if may_wait and misses.num_rows:
+        taken = misses.filter(pa.array(~KeySet(jobs.refused()).holds(misses.column("text_hash"))))
+        tokens = pc.sum(taken.column("tokens")).as_py() or 0
+        lane = lane_of(config.embedding, tokens, jobs.behind_s(config.index))
+        if lane.name == "batch":
+            target = folder / "taken.arrow"
+            looked_up = replace(looked_up, misses=TableRef.write(target, MISSES, [taken]))
     limits = provider.limits.with_margin(provider.estimate.margin)
     packed = pack(looked_up.misses, limits, folder / "packed.arrow")
     return Survey(
@@ -155,6 +186,7 @@ def survey(config: Config, overrides: Overrides, folder: Path, *, anew: bool = F
         same_columns=same_columns,
         compared=compared,
         looked_up=looked_up,
+        lane=lane,
         packed=packed,
         indexed_splitter=identity_of(table).splitter if table is not None else reader.splitter,
         compare_s=lookup_started - compare_started,
@@ -216,6 +248,7 @@ def require_runnable(config: Config, overrides: Overrides) -> Space:
         SettingsError: Provider, source, index or state cannot be what the config says.
     """
     require_dask(config.runner)
+    require_lane(config.embedding)
     provider = open_embedder(config)
     open_reader(config, overrides)
     for key, uri in (("index.uri", config.index.uri), ("state.uri", config.state.uri)):

@@ -130,7 +130,7 @@ def test_the_report_file_holds_what_the_contract_names(home: Path) -> None:
     }
     assert report["texts"] == {"unique": 3, "from_cache": 0, "embedded": 3}
     assert set(report["calls"]) == {"ok", "failed", "throttled", "split", "retried"}
-    assert set(report["cost"]["saved_usd"]) == {"unchanged", "duplicates", "cache"}
+    assert set(report["cost"]["saved_usd"]) == {"unchanged", "duplicates", "cache", "batch_lane"}
     assert set(report["seconds"]) == {
         "read",
         "fingerprint",

@@ -11,7 +11,8 @@ import pytest
 from tasks.cache import Cache
 from tasks.catalog import catalog
 from tasks.errors import ProviderBusy, ProviderDenied, ProviderError, ProviderThrottled
-from tasks.jobs import MOST, JobNotes, Most, Submission, settle, submit
+from tasks.job_notes import JobNotes, Submission
+from tasks.jobs import MOST, Most, Settled, settle, submit
 from tasks.keys import hash_column, text_hash
 from tasks.ledger import Ledger
 from tasks.limits import Limits
@@ -72,8 +73,10 @@ class Lane:
             columns = [hashes, pa.array(texts), pa.array([7] * len(texts), pa.int32())]
             yield Batch.write(number, self.staging, [pa.record_batch(columns, schema=BATCH)])
 
-    def settle(self) -> Any:
-        return settle(self.provider, self.jobs, self.notes, self.cache)
+    def settle(self) -> Settled:
+        settled = Settled()
+        settle(self.provider, self.jobs, self.notes, self.cache, settled)
+        return settled
 
     def known(self, *texts: str) -> list[bool]:
         found: list[bool] = self.cache.holds(
@@ -226,7 +229,7 @@ def test_what_fails_is_told_by_reason_and_what_is_refused_is_named(
     settled = lane.settle()
     assert settled.texts == 10 + 8
     assert settled.failed == {"Bad text.": 1, "Down.": 1, "batch_expired": 4}
-    assert settled.refused == [text_hash("bird number 2")]
+    assert lane.notes.refused().to_pylist() == [text_hash("bird number 2")]
     assert lane.known("bird number 2", "bird number 4", "bird number 61") == [False] * 3
     assert lane.notes.all() == []
 

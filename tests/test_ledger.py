@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import lancedb
+import pyarrow as pa
 import pytest
 
 from tasks.history import SHOWN, WIDTH, as_lines, history, totals, totals_lines
 from tasks.journal import RunFolder
-from tasks.ledger import CALLS, Ledger
+from tasks.ledger import CALLS, LATER, Ledger
 from tasks.notes import About, Call
 from tasks.recover import recover
 from tasks.report import Cost, Saved, ledger_row
@@ -43,9 +44,9 @@ def test_recording_no_calls_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def before(value: Call | About) -> dict[str, Any]:
-    """As the version before wrote it, which knew neither a call's index nor any model."""
+    """As a version before wrote it, which knew neither model nor lane, nor a call's index."""
     kept = dataclasses.asdict(value)
-    for name in ("model",) if isinstance(value, About) else ("model", "index"):
+    for name in ("model",) if isinstance(value, About) else LATER:
         del kept[name]
     return kept
 
@@ -55,16 +56,15 @@ def test_a_ledger_of_an_earlier_version_is_read_and_written_on(
 ) -> None:
     uri = library.config.state.uri
     old = call_of(run_id="old")
-    earlier = CALLS.remove(CALLS.get_field_index("model"))
-    earlier = earlier.remove(earlier.get_field_index("index"))
+    earlier = pa.schema([field for field in CALLS if field.name not in LATER])
     lancedb.connect(uri).create_table("calls", [before(old)], schema=earlier)
     about = About("old", "docs", "here/docs", "2026-01-01T00:00:00+00:00", 8, "voyage/voyage-4")
     row = ledger_row(saving(about, duplicates=0.5))
     report = json.loads(row["report"])
-    del report["model"]
+    del report["model"], report["batch_lane"], report["cost"]["saved_usd"]["batch_lane"]
     Ledger(uri).record_run({**row, "report": json.dumps(report)})
 
-    assert Ledger(uri).calls()[["model", "index"]].to_numpy().tolist() == [["", ""]]
+    assert Ledger(uri).calls()[[*LATER]].to_numpy().tolist() == [["", "", "realtime"]]
     assert Ledger(uri).runs()["model"].tolist() == [""]
     new = dataclasses.replace(old, run_id="new", model="voyage/voyage-4", index="here/docs")
     Ledger(uri).record_calls([old, new])
@@ -125,7 +125,7 @@ def test_totals_are_by_month_model_and_index(library: Any, call_of: Callable[...
             call(3, 1, "here/docs", "BatchTooLarge", "wait"),
             call(4, 1, "here/docs", "ProviderBusy", "split"),
             call(5, 1, "here/docs", "unforeseen", "retry"),
-            call(6, 1, "here/docs", "ok", "retry"),
+            dataclasses.replace(call(6, 1, "here/docs", "ok", "retry"), lane="batch"),
             call(7, 2, "here/docs"),
             call(8, 2, ""),
         ]
@@ -133,7 +133,9 @@ def test_totals_are_by_month_model_and_index(library: Any, call_of: Callable[...
     for number, (month, saved) in enumerate([(1, 0.5), (2, 0.25), (2, 0.125), (3, 2.0), (4, 0.0)]):
         started = f"2026-{month:02}-01T00:00:00.000+00:00"
         about = About(str(number), "docs", "here/docs", started, 8, "voyage/voyage-4")
-        row = saving(about, unchanged=saved, duplicates=2 * saved, cache=4 * saved)
+        row = saving(
+            about, unchanged=saved, duplicates=2 * saved, cache=4 * saved, batch_lane=8 * saved
+        )
         ledger.record_run(ledger_row(row))
     found = totals(library.config)
     where = [
@@ -144,25 +146,29 @@ def test_totals_are_by_month_model_and_index(library: Any, call_of: Callable[...
     ]
     assert list(found[["month", "model", "index"]].itertuples(index=False, name=None)) == where
     counts = found.drop(columns=["month", "model", "index"])
-    # calls, ok, failed, throttled, split, retried, texts, estimated, billed, usd, waited, saved
+    # calls, ok, failed, throttled, split, retried, texts, estimated, billed, of these in the
+    # Batch lane, usd, waited, saved
     assert counts.to_numpy().tolist() == [
-        pytest.approx([6, 2, 2, 1, 1, 2, 7, 77, 70, 7e-6, 1.5, 0.5, 1, 2]),
-        pytest.approx([1, 1, 0, 0, 0, 0, 8, 88, 80, 8e-6, 0.25, 0, 0, 0]),
-        pytest.approx([1, 1, 0, 0, 0, 0, 7, 77, 70, 7e-6, 0.25, 0.375, 0.75, 1.5]),
-        pytest.approx([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 4, 8]),
+        pytest.approx([6, 2, 2, 1, 1, 2, 7, 77, 70, 60, 7e-6, 1.5, 0.5, 1, 2, 4]),
+        pytest.approx([1, 1, 0, 0, 0, 0, 8, 88, 80, 0, 8e-6, 0.25, 0, 0, 0, 0]),
+        pytest.approx([1, 1, 0, 0, 0, 0, 7, 77, 70, 0, 7e-6, 0.25, 0.375, 0.75, 1.5, 3]),
+        pytest.approx([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 4, 8, 16]),
     ]
-    assert {str(counts[name].dtype) for name in list(counts)[:9]} == {"int64"}
+    assert {str(counts[name].dtype) for name in list(counts)[:10]} == {"int64"}
     lines = totals_lines(found).splitlines()
     assert max(map(len, lines)) <= WIDTH
     shown = " ".join(" ".join(lines[3:]).split())
     assert shown.startswith(
         "2026-01 voyage/voyage-4 7 6 70 $0.0000070 here/docs "
-        "calls: 2 failed, 1 throttled, 1 split, 2 retried; tokens estimated: 77; "
-        "calls waited 1.5 s in all; saved: unchanged $0.5000, duplicates $1.0000, cache $2.0000 "
+        "calls: 2 failed, 1 throttled, 1 split, 2 retried; tokens in the Batch lane: 60; "
+        "tokens estimated: 77; calls waited 1.5 s in all; saved: unchanged $0.5000, "
+        "duplicates $1.0000, cache $2.0000, batch lane $4.0000 "
         "2026-02 voyage/voyage-4 8 1 80 $0.0000080 - tokens estimated: 88 "
     )
     assert " all 22 8 220 $0.000022 calls: 2 failed," in shown
-    assert shown.endswith("saved: unchanged $2.8750, duplicates $5.7500, cache $11.5000")
+    assert shown.endswith(
+        "saved: unchanged $2.8750, duplicates $5.7500, cache $11.5000, batch lane $23.0000"
+    )
     last = totals_lines(found, last=1).splitlines()
     assert last[2] == "3 older rows are not shown; --all shows them."
     assert [line[:8] for line in last[3:] if line[0] != " "] == ["month   ", "2026-03 ", "all     "]

@@ -74,7 +74,7 @@ def test_without_a_limit_it_is_half_of_the_machine() -> None:
 
 def test_the_peak_is_that_of_the_process_and_not_of_who_started_it() -> None:
     held = b"x" * 1_000_000_000
-    code = "from tasks.run import peak_bytes; print(peak_bytes())"
+    code = "from tasks.memory import peak_bytes; print(peak_bytes())"
     peak = int(
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout
     )

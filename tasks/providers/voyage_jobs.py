@@ -5,6 +5,7 @@ HTTP, as the documentation has them (docs.voyageai.com, Batch Inference, 2026).
 """
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ FULL_S = 30 * 60.0
 """So long to wait where the account has too much under way, by the documentation."""
 _PAGE = 100
 _CONNECT_S, _ANSWER_S = 10.0, 120.0
+_AGAIN_S = (1.0, 4.0)
+"""Pauses before a question is asked again that nobody answered."""
 _THROTTLED, _MISSING = 429, 404
 
 
@@ -166,6 +169,14 @@ class VoyageJobs:
             after = {"after": said["last_id"]}
 
     def _ask(self, method: str, path: str, **more: Any) -> Any:
+        for delay_s in _AGAIN_S if method == "GET" else ():
+            try:
+                return self._asked(method, path, **more)
+            except ProviderBusy:
+                time.sleep(delay_s)
+        return self._asked(method, path, **more)
+
+    def _asked(self, method: str, path: str, **more: Any) -> Any:
         with self._answer(method, path, **more) as answer:
             body = answer.read()
         try:

@@ -33,11 +33,11 @@ from tasks.form import Overrides
 from tasks.index import Identity, open_index
 from tasks.journal import RunFolder, StoredAnswer, fold, unfolded_hashes
 from tasks.lookup import lookup
+from tasks.memory import peak_bytes
 from tasks.pack import pack
 from tasks.params import Config
 from tasks.providers.opening import open_embedder
 from tasks.publish import publish
-from tasks.run import peak_bytes
 from tasks.scan import scan
 from tasks.schemas import HASH, Batch, TableRef
 from tasks.sender import Terms, sender_of
