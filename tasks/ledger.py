@@ -68,7 +68,7 @@ class Ledger:
         frame: pd.DataFrame = arrow.to_pandas()
         for name, value in LATER.items():
             frame[name] = frame[name].fillna(value) if name in frame else value
-        return frame[CALLS.names]
+        return frame.reindex(columns=CALLS.names)
 
     def calls_of(self, run_id: str) -> list[Call]:
         """The provider calls of one run."""

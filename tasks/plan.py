@@ -219,7 +219,7 @@ def _lane_rows(plan: Plan) -> list[Row]:
     if plan.lane == "batch":
         rows.append(("in the realtime lane", usd_text(plan.usd_realtime)))
         rows.append(("lane", f"batch, within {span_text(WINDOW_S)}: {plan.lane_why}"))
-    elif plan.usd_batch_lane is not None:
+    elif plan.usd_batch_lane is not None and not plan.waiting:
         rows.append(("in the Batch lane", usd_text(plan.usd_batch_lane)))
     if plan.lane == "realtime" and plan.lane_why:
         rows.append(("lane", f"realtime: {plan.lane_why}"))

@@ -1,4 +1,4 @@
-"""What the docs of Voyage leave open, asked of the API itself with at most 20 small calls.
+"""What the docs of Voyage leave open, asked of the API itself: 20 small calls, two small jobs.
 
     VOYAGE_API_KEY=... pytest tests/live -m live
 
@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,7 +33,10 @@ from tasks.errors import (
     ProviderError,
     ProviderThrottled,
 )
+from tasks.limits import Limits
+from tasks.providers.voyage import Voyage
 from tasks.providers.voyage_errors import Asked, failure
+from tasks.providers.voyage_jobs import VoyageJobs
 from tasks.providers.voyage_reply import quoted
 from tasks.providers.voyage_transport import Outcome, exchange
 
@@ -40,6 +44,8 @@ pytestmark = pytest.mark.live
 
 MOST_CALLS = 20
 DEADLINE_S = 60.0
+JOB_S = 60.0
+"""So long a job is watched before it is cancelled."""
 SHOWN_HEADERS = ("server", "retry-after", "date")
 
 TEXTS = [
@@ -274,3 +280,37 @@ def test_what_one_call_to_code_4_takes(live: Live) -> None:
         found = error.facts["learned"].tokens_per_request
         live.facts["voyage_code_4_cap"] |= {"tokens_per_request": found}
     assert isinstance(error, BatchTooLarge | ProviderThrottled), error
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_job_is_taken_found_again_and_cancelled(live: Live, tmp_path: Path, packed: bool) -> None:
+    """Two lines in the Batch lane; whether it gives base64, as `packed` asks, the docs leave open."""
+    limits = Limits(2000, None, 1000, None, 1)
+    jobs = VoyageJobs(Voyage("voyage-4-lite", 256, limits, base_url=live.base_url))
+    file = tmp_path / f"embed-once-live-{uuid.uuid4().hex}.jsonl"
+    lines = [{"custom_id": str(at), "body": {"input": [text]}} for at, text in enumerate(TEXTS[:2])]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    fact = live.facts.setdefault("job_packed" if packed else "job", {})
+    more = {"encoding_format": "base64"} if packed else {}
+    uploaded = jobs.upload(file)
+    try:
+        made = jobs.create(uploaded, {"embed_once": file.stem}, **more)
+    except ProviderError as error:
+        fact |= {"refused": type(error).__name__, "status": error.facts.get("status")}
+        if packed:
+            return
+        raise
+    ours = [job.id for job in jobs.jobs() if job.metadata.get("embed_once") == file.stem]
+    assert ours == [made.id]
+    job, states, until = made, [made.status], time.monotonic() + JOB_S
+    while not job.ended and time.monotonic() < until:
+        time.sleep(2)
+        job = jobs.job(made.id)
+        states.append(job.status)
+    if not job.ended:
+        states.append(jobs.cancel(made.id).status)
+    fact |= {"states": list(dict.fromkeys(states)), "lines": job.lines}
+    for row in jobs.rows(job.output_file) if job.output_file else ():
+        (item,) = row["response"]["body"]["data"]
+        fact["embedding"] = type(item["embedding"]).__name__
+    jobs.delete(uploaded)

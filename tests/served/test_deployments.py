@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from tasks.index import is_held
 from tasks.params import load_config
 from tasks.simulator import Latency
+from tasks.simulator.settings import JobSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -132,42 +134,62 @@ def scheduled_run(served: Any, deployment_id: str) -> str | None:
     return next((str(run["id"]) for run in found if run["auto_scheduled"]), None)
 
 
-def test_schedules_fire_and_two_of_one_index_do_not_overlap(served: Any, birds: Any) -> None:
-    birds.simulator.change(latency=Latency(base_s=0.3))
-    flow_id = served("flows/name/reindex", "GET")["id"]
+@contextmanager
+def scheduled(served: Any, *names: str, config: Path, settings: list[str]) -> Iterator[list[str]]:
+    """Deployments of reindex that run each minute, the first time in 15 s; their ids."""
     entry = served("deployments/name/reindex/ad-hoc", "GET")
     soon = datetime.now(tz=UTC) + timedelta(seconds=15)
+    schedule = {"interval": 60, "anchor_date": soon.isoformat()}
     ids = [
         served(
             "deployments/",
-            name=f"birds-{number}",
-            flow_id=flow_id,
+            name=name,
+            flow_id=entry["flow_id"],
             entrypoint=entry["entrypoint"],
             path=entry["path"],
             pull_steps=entry["pull_steps"],
             work_pool_name=served.pool,
-            parameters={
-                "config": str(birds.config),
-                "overrides": {"settings": ["index.max_wait=120", "limits.concurrency=2"]},
-            },
+            parameters={"config": str(config), "overrides": {"settings": settings}},
             enforce_parameter_schema=False,
-            schedules=[
-                {"schedule": {"interval": 60, "anchor_date": soon.isoformat()}, "active": True}
-            ],
+            schedules=[{"schedule": schedule, "active": True}],
         )["id"]
-        for number in range(2)
+        for name in names
     ]
     try:
-        runs = [served.wait_for(lambda id_=id_: scheduled_run(served, id_)) for id_ in ids]
-        assert [served.end_of(run)["state_name"] for run in runs] == ["Completed"] * 2
+        yield ids
     finally:
         for id_ in ids:
             served(f"deployments/{id_}", "DELETE")
+
+
+def test_schedules_fire_and_two_of_one_index_do_not_overlap(served: Any, birds: Any) -> None:
+    birds.simulator.change(latency=Latency(base_s=0.3))
+    settings = ["index.max_wait=120", "limits.concurrency=2"]
+    with scheduled(served, "birds-0", "birds-1", config=birds.config, settings=settings) as ids:
+        runs = [served.wait_for(lambda id_=id_: scheduled_run(served, id_)) for id_ in ids]
+        assert [served.end_of(run)["state_name"] for run in runs] == ["Completed"] * 2
     # Side by side they would both have published.
     first, *others = [run["state"] for run in birds.runs()]
     assert (first, set(others)) == ("completed", {"unchanged"})
     assert birds.totals("texts_billed_again") == 0
     assert birds.totals("max_concurrency") <= 2
+
+
+def test_what_waits_in_the_batch_lane_is_taken_up_by_a_schedule(served: Any, birds: Any) -> None:
+    times = JobSettings(validating_s=1, line_s=0.01, finalizing_s=1)
+    birds.simulator.change(jobs=times.model_dump())
+    lane = ["embedding.lane=batch"]
+    config = str(birds.config)
+    waiting = served.ended("reindex/ad-hoc", config=config, overrides={"settings": lane})
+    assert (waiting["state_type"], waiting["state_name"]) == ("COMPLETED", "Waiting")
+    assert "waits for the Batch lane" in waiting["state"]["message"]
+    assert "120 texts in 1 job" in served.artifact("report-birds")
+    with scheduled(served, "birds-later", config=birds.config, settings=lane) as (later,):
+        run = served.wait_for(lambda: scheduled_run(served, later))
+        assert served.end_of(run)["state_name"] == "Completed"
+    assert [run["state"] for run in birds.runs()] == ["waiting", "completed"]
+    assert "generation 1 published" in served.artifact("report-birds")
+    assert (birds.totals("batch_jobs"), birds.totals("texts_billed_again")) == (1, 0)
 
 
 def test_a_paused_run_lets_others_use_the_index_and_goes_on_from_what_it_finds(
