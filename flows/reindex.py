@@ -22,15 +22,15 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.cancelling import CANCELS, ENDS, Whole, by_hand, told
 from flows.embedding import embed_all
 from flows.pausing import ApprovalNeeded, approved, require_approved
-from flows.waiting import BatchLane, lane_held, submit_missing, take_in
+from flows.waiting import BatchLane, batch_lane, submit_missing, take_in
 from tasks import memory
 from tasks.artifacts import publish_report
 from tasks.claims import Shared
 from tasks.errors import BudgetReached, EmbedOnceError, NotApproved, SettingsError
 from tasks.fill import Filled
 from tasks.form import Overrides, configured
+from tasks.harvest import Settled
 from tasks.index import adopt, held, vectors_of
-from tasks.jobs import Settled
 from tasks.journal import RunFolder, unfolded_answers
 from tasks.limiter import LimiterStatistics
 from tasks.notes import About
@@ -175,12 +175,14 @@ def _attempt(
         adopt(settings.index)
         stack.callback(forget_sender, folder)
         stack.enter_context(_told_if_ended(about, folder, clock, settled))
-        lane = stack.enter_context(lane_held(settings, folder.run_id))
-        if lane is not None:
-            take_in(lane, settled)
-        found = _surveyed(settings, overrides, folder, settled)
-        if lane is not None and found.waits:
-            return _waiting(lane, found, folder, settled, about, clock)
+        lane = batch_lane(settings)
+        with ExitStack() as held_lane:
+            if lane is not None and lane.is_used:
+                held_lane.enter_context(lane.notes.held(folder.run_id))
+                take_in(lane, settled)
+            found = _surveyed(settings, overrides, folder, settled)
+            if lane is not None and found.waits:
+                return _waiting(lane, found, folder, settled, about, clock)
         ready = _embedded(found, overrides, folder, clock)
         report = whole.run(lambda: _published(ready, folder, recovered, settled, about, clock))
         if lane is not None:
@@ -244,7 +246,7 @@ def _waiting(  # noqa: PLR0917 - as `_published`
     clock: Clock,
 ) -> RunReport:
     """Submit what is missing, and tell what is waited for."""
-    submitted = submit_missing(lane, found, folder.staging)
+    submitted = submit_missing(lane, found, folder)
     report = waiting_report(found, settled, submitted, about, clock)
     _close(report, folder)
     return report

@@ -10,13 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from prefect import get_run_logger
 
 from tasks.budget import Budget
 from tasks.cache import Cache
+from tasks.claims import Claims
 from tasks.errors import BudgetReached, EmbedOnceError, ProviderError, ProviderThrottled
+from tasks.harvest import Settled
 from tasks.job_notes import JobNotes, Submission
-from tasks.jobs import Settled, settle, settle_at_once, submit
+from tasks.jobs import settle, settle_at_once, submit
+from tasks.journal import RunFolder
 from tasks.limits import Limits
 from tasks.params import Config
 from tasks.providers.opening import open_provider
@@ -30,7 +34,7 @@ from tasks.survey import Survey
 
 @dataclass(frozen=True)
 class BatchLane:
-    """The Batch lane of a run's space; the run holds it.
+    """The Batch lane of a run's space.
 
     Attributes:
         config: That of the run.
@@ -46,6 +50,11 @@ class BatchLane:
     def jobs(self) -> VoyageJobs:
         """The provider's calls."""
         return VoyageJobs(self.provider)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the run has to do with it; of the realtime lane, if an earlier choice has."""
+        return self.config.embedding.lane != "realtime" or bool(self.notes.all())
 
     @property
     def is_late(self) -> bool:
@@ -64,22 +73,12 @@ class BatchLane:
         return self.provider.limits.with_margin(self.provider.estimate.margin)
 
 
-@contextmanager
-def lane_held(config: Config, run_id: str) -> Iterator[BatchLane | None]:
-    """Hold the Batch lane; None where the run has nothing to do with it.
-
-    A run of the realtime lane has, where texts of an earlier choice are still there.
-    """
+def batch_lane(config: Config) -> BatchLane | None:
+    """The Batch lane of a run; None where its provider has none."""
     provider = open_provider(config)
     if not isinstance(provider, Voyage):
-        yield None
-        return
-    notes = JobNotes(config.state.uri, provider.space)
-    if config.embedding.lane == "realtime" and not notes.all():
-        yield None
-        return
-    with notes.held(run_id):
-        yield BatchLane(config, provider, notes)
+        return None
+    return BatchLane(config, provider, JobNotes(config.state.uri, provider.space))
 
 
 @stage("take in from the Batch lane")
@@ -87,48 +86,58 @@ def take_in(lane: BatchLane, settled: Settled) -> None:
     """Bring what has come into the cache, and tell `settled`.
 
     Raises:
-        EmbedOnceError: The provider does not tell.
+        EmbedOnceError: The provider does not tell of jobs of this index.
     """
-    if not lane.notes.all():
-        return
-    cache, index = Cache(lane.config.state.uri, lane.provider.space), lane.config.index.place
-    try:
-        if lane.is_late:
+    config = lane.config
+    cache, index = Cache(config.state.uri, lane.provider.space), config.index.place
+    if not lane.is_late:
+        settle(lane.provider, lane.jobs, lane.notes, cache, settled)
+    else:
+        with _told(config):
             settle_at_once(lane.provider, lane.jobs, lane.notes, cache, settled, index)
-        else:
-            settle(lane.provider, lane.jobs, lane.notes, cache, settled)
+    for submission, error in settled.troubles:
+        if submission.index == index:
+            with _told(config):
+                raise error
+        get_run_logger().warning(
+            "What became of a job for the index %s is not known: %s", submission.index, error
+        )
+
+
+@contextmanager
+def _told(config: Config) -> Iterator[None]:
+    """Say what it means for the run that the provider does not tell."""
+    try:
+        yield
     except ProviderError as error:
         raise EmbedOnceError(
-            f"{lane.config.name}: the Batch lane does not say what became of its jobs: {error} The "
+            f"{config.name}: the Batch lane does not say what became of its jobs: {error} The "
             "index is as it was, nothing is lost. Run again."
         ) from error
 
 
 @stage("submit to the Batch lane")
-def submit_missing(lane: BatchLane, found: Survey, staging: Path) -> list[Submission]:
+def submit_missing(lane: BatchLane, found: Survey, folder: RunFolder) -> list[Submission]:
     """Submit what is missing, as far as budget and account allow; the rest is for later runs.
 
     Raises:
         BudgetReached: Not even the first text is within the budget.
         EmbedOnceError: The provider takes none; nothing is lost.
     """
-    config, submitted = lane.config, list[Submission]()
+    config, submitted, staging = lane.config, list[Submission](), folder.staging
     lane.notes.falls_behind(config.index)
-    full_s, left_out = lane.notes.full_s(), "the account has too much under way in the Batch lane"
     if found.lane.name != "batch":
         return submitted
+    full_s = lane.notes.full_s()
     if full_s is not None and full_s < FULL_S:
-        get_run_logger().warning(
-            "%s; the rest is submitted by a run in %s or later.",
-            left_out, span_text(FULL_S - full_s),
-        )  # fmt: skip
+        _warn_full(FULL_S - full_s)
         return submitted
     budget = Budget(config.budget.max_usd, found.lane.usd_per_million_tokens)
-    batches = _affordable(found.filling(lane, staging).batches(), budget, lane, staging)
+    batches = _unclaimed(found.filling(lane, staging).batches(), Claims(folder, found.cache))
     try:
         submitted.extend(
             submit(
-                batches,
+                _affordable(batches, budget, lane, staging / "affordable"),
                 jobs=lane.jobs,
                 notes=lane.notes,
                 folder=staging,
@@ -138,16 +147,15 @@ def submit_missing(lane: BatchLane, found: Survey, staging: Path) -> list[Submis
         )
     except ProviderThrottled:
         lane.notes.note_full()
-        get_run_logger().warning(
-            "%s; the rest is submitted by a run in %s or later.", left_out, span_text(FULL_S)
-        )
-        return submitted
+        _warn_full(FULL_S)
     except ProviderError as error:
-        raise EmbedOnceError(
-            f"{config.name}: the Batch lane takes no texts: {error} The index is as it was, "
-            "nothing is lost. Run again, or with --set embedding.lane=realtime."
-        ) from error
-    if not submitted and not found.looked_up.waiting:
+        if not submitted:
+            raise EmbedOnceError(
+                f"{config.name}: the Batch lane takes no texts: {error} The index is as it was, "
+                "nothing is lost. Run again, or with --set embedding.lane=realtime."
+            ) from error
+        get_run_logger().warning("The rest is submitted by the next run: %s", error)
+    if not submitted and budget.max_usd is not None and not found.looked_up.waiting:
         raise BudgetReached(
             f"{config.name}: the budget of {budget.told} is not enough for a single text. The "
             "index is as it was. Raise budget.max_usd."
@@ -155,8 +163,27 @@ def submit_missing(lane: BatchLane, found: Survey, staging: Path) -> list[Submis
     return submitted
 
 
+def _warn_full(seconds: float) -> None:
+    get_run_logger().warning(
+        "The account has too much under way in the Batch lane; the rest is submitted by a run in "
+        "%s or later.", span_text(seconds),
+    )  # fmt: skip
+
+
+def _unclaimed(batches: Iterator[Batch], claims: Claims) -> Iterator[Batch]:
+    """Of `batches` what no other living run is sending; the next run finds it in the cache."""
+    for batch in batches:
+        rows = batch.table.load(BATCH)
+        free = claims.standing(rows.column("text_hash").combine_chunks()).free
+        if free.all():
+            yield batch
+        elif free.any():
+            folder = Path(batch.table.path).parent / "unclaimed"
+            yield Batch.write(batch.number, folder, rows.filter(pa.array(free)).to_batches())
+
+
 def _affordable(
-    batches: Iterator[Batch], budget: Budget, lane: BatchLane, staging: Path
+    batches: Iterator[Batch], budget: Budget, lane: BatchLane, folder: Path
 ) -> Iterator[Batch]:
     """The first of `batches`, the last of them cut, that the budget is enough for by estimate."""
     left = budget.tokens_left
@@ -169,8 +196,7 @@ def _affordable(
         fits = int(np.searchsorted(most, left, side="right"))
         if fits < rows.num_rows:
             if fits:
-                cut = staging / "cut"
-                yield Batch.write(batch.number, cut, rows.slice(0, fits).to_batches())
+                yield Batch.write(batch.number, folder, rows.slice(0, fits).to_batches())
             return
         left -= int(np.ceil(most[-1]))
         yield batch

@@ -77,7 +77,6 @@ def publish_report(report: RunReport, calls: Sequence[Call]) -> None:
                 "attempt": call.attempt,
                 "call": call.call,
                 "cause": call.cause,
-                "lane": call.lane,
                 "status": call.status,
                 "texts": call.texts,
                 "tokens estimated": call.tokens_estimated,

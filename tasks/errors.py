@@ -17,6 +17,7 @@ EmbedOnceError
     ├── BatchTooLarge    split the batch
     ├── BatchRefused     one text in it is bad: isolate it
     ├── ProviderDenied   no call can work: stop
+    ├── JobLost          answers that may be paid for are not to be had: a person decides
     └── RunStopped       another call ended the run; this one was not sent
 
 A message says what was found and where, and what to do about it. It never holds
@@ -140,6 +141,10 @@ class BatchRefused(ProviderError):
 
 class ProviderDenied(ProviderError):
     """No call can work: key, address or model."""
+
+
+class JobLost(ProviderError):
+    """A job of the Batch lane, or some of its answers, are not to be had; they may be billed."""
 
 
 class RunStopped(ProviderError):

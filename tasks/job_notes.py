@@ -2,6 +2,7 @@
 
     jobs/<space>/<job>/texts.arrow    before it is created: what it holds
     jobs/<space>/<job>/id             right after: what the provider calls it
+    jobs/<space>/<job>/done           nothing more is to come of it: all is stored and counted
     lanes/<space>/refused.arrow       texts that the lane does not take
     lanes/<space>/behind-<index>      since when an index waits for texts
     lanes/<space>/full                when the account had too much under way
@@ -12,7 +13,7 @@ or may not be there; who comes next looks for it among all that the provider hol
 
 import json
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.cache import Cache
+from tasks.errors import StorageFailed
 from tasks.keys import digest
 from tasks.params import Index
 from tasks.progress import tell_waiting
@@ -51,6 +53,7 @@ class Submission:
         usd_per_million_tokens: Its price.
         texts: JOB_TEXTS.
         id: The provider's; None where nobody has heard it.
+        done: Whether nothing more is to come of it; only its files are still to go.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Submission:
     usd_per_million_tokens: float
     texts: pa.Table = field(repr=False)
     id: str | None = None
+    done: bool = False
 
     @property
     def tokens(self) -> int:
@@ -93,13 +97,21 @@ class JobNotes:
         return self._storage.held(f"lanes/{self._space.id}.lock", run_id, math.inf, told)
 
     def all(self) -> list[Submission]:
-        """Every job that is not settled, the oldest first."""
+        """Every job that has notes, the oldest first.
+
+        Raises:
+            StorageFailed: What a job holds cannot be read.
+        """
         found = [self._read(name) for name in self._storage.folders(self._folder)]
         return sorted((each for each in found if each is not None), key=lambda each: each.made_at)
 
-    def waiting(self) -> pa.Array:
-        """text_hash of every text that is in one of them."""
-        columns = [each.texts.column("text_hash").combine_chunks() for each in self.all()]
+    def waiting(self, index: str | None = None) -> pa.Array:
+        """text_hash of every text that is in one of them, or in one of those for `index`."""
+        columns = [
+            each.texts.column("text_hash").combine_chunks()
+            for each in self.all()
+            if not each.done and index in {None, each.index}
+        ]
         return pa.concat_arrays([pa.array([], HASH), *columns])
 
     def write(self, submission: Submission) -> None:
@@ -117,6 +129,10 @@ class JobNotes:
         self._storage.write(self._path(submission.name, "id"), job_id.encode())
         return replace(submission, id=job_id)
 
+    def write_done(self, submission: Submission) -> None:
+        """Write down that nothing more is to come of it."""
+        self._storage.write(self._path(submission.name, "done"), b"")
+
     def forget(self, submission: Submission) -> None:
         """It is settled."""
         # Its texts last: without them an id is nothing, and the other way round it is looked up.
@@ -128,13 +144,21 @@ class JobNotes:
         data = self._storage.read(self._path(name, "texts.arrow"))
         if data is None:
             return None
-        table = pa.ipc.open_file(data).read_all()
-        about = json.loads(table.schema.metadata[ABOUT])
+        try:
+            table = pa.ipc.open_file(data).read_all()
+            about = json.loads(table.schema.metadata[ABOUT])
+        except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+            raise StorageFailed(
+                f"{self._path(name, 'texts.arrow')} in {self._state_uri}, which says what a job "
+                f"of the Batch lane holds, cannot be read ({error}). Bring the file back. If it "
+                f"is lost, remove its folder; the texts of the job are then paid for again."
+            ) from error
         job_id = self._storage.read(self._path(name, "id"))
         return Submission(
             name=name,
             texts=table.replace_schema_metadata(None),
             id=None if job_id is None else job_id.to_pybytes().decode(),
+            done=self._storage.read(self._path(name, "done")) is not None,
             **about,
         )
 
@@ -143,11 +167,11 @@ class JobNotes:
 
     def refused(self) -> pa.Array:
         """text_hash of the texts that the lane does not take."""
-        data = self._storage.read(self._about("refused.arrow"))
-        if data is None:
-            return pa.array([], HASH)
-        table = pa.ipc.open_file(data).read_all()
-        return pa.concat_arrays([pa.array([], HASH), *table.column("text_hash").chunks])
+        data, found = self._storage.read(self._about("refused.arrow")), list[pa.Array]()
+        with suppress(pa.ArrowInvalid, KeyError):  # then it refuses them again, at no cost
+            if data is not None:
+                found = pa.ipc.open_file(data).read_all().column("text_hash").chunks
+        return pa.concat_arrays([pa.array([], HASH), *found])
 
     def refuse(self, hashes: list[bytes], cache: Cache) -> None:
         """Have texts go the realtime lane from now on, until they have a vector."""
@@ -161,7 +185,7 @@ class JobNotes:
 
     def falls_behind(self, index: Index) -> None:
         """An index waits for texts from now on, unless it did before."""
-        if self._storage.read(self._behind(index)) is None:
+        if self.behind_s(index) is None:
             self._note_time(self._behind(index))
 
     def caught_up(self, index: Index) -> None:
@@ -187,7 +211,9 @@ class JobNotes:
 
     def _seconds_since(self, file: str) -> float | None:
         noted = self._storage.read(file)
-        return None if noted is None else seconds_since(noted.to_pybytes().decode())
+        with suppress(ValueError, TypeError):  # else it counts from now on
+            return None if noted is None else seconds_since(noted.to_pybytes().decode())
+        return None
 
 
 def seconds_since(moment: str) -> float:

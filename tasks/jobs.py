@@ -1,38 +1,32 @@
 """Jobs: texts go into a provider's Batch lane, and what comes of them is taken in.
 
-The answers of a job are written to a journal of its own and from there on go the way of all
-answers. Its notes go last, so whatever a kill cuts off is done again, and nothing is submitted or
-counted twice.
+The notes of a job are written before it is created and go last, so whatever a kill cuts off is
+done again, and nothing is submitted or counted twice.
 """
 
+import functools
 import json
 import time
 import uuid
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from tasks.budget import may_be_charged
 from tasks.cache import Cache
-from tasks.errors import AnswerRejected, ProviderError
+from tasks.errors import JobLost, ProviderDenied, ProviderError
+from tasks.harvest import KEPT_S, Harvest, Settled
 from tasks.job_notes import JOB_TEXTS, JobNotes, Submission
-from tasks.journal import RunFolder, fold
-from tasks.ledger import Ledger
-from tasks.notes import Call
 from tasks.progress import tell_waiting
-from tasks.providers import checked_vectors
 from tasks.providers.voyage import Voyage
 from tasks.providers.voyage_jobs import Job, VoyageJobs
-from tasks.schemas import BATCH, HASH, Batch
+from tasks.schemas import BATCH, Batch, writing_file
 
 NAME = "embed_once"
 """Of the pair of a job's metadata that says which of ours it is."""
@@ -40,9 +34,8 @@ SURE_S = 600.0
 """So long after it was written down a job that nobody has heard of may still turn up."""
 CANCELS_S, LOOK_S = 900.0, 5.0
 """A job that is cancelled takes up to 10 minutes to end, by the documentation."""
-PROBLEMS = 3
-"""Of a job that failed, so many are told."""
-_OK, _REFUSED, _SERVER = 200, 400, 500
+LINE_BYTES = 100
+"""What a line has beside its texts, at most."""
 
 
 class Most(NamedTuple):
@@ -54,43 +47,6 @@ class Most(NamedTuple):
 
 
 MOST = Most()
-
-
-@dataclass
-class Settled:
-    """What a run has seen become of the jobs of a space.
-
-    Attributes:
-        waiting: Those under way.
-        calls: A line of theirs as a call each, of all whose answers have come.
-        came: text_hash of the texts whose vectors have come, with the index they were for.
-        failed: Texts without a vector, by what the provider says.
-    """
-
-    waiting: list[Submission] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    came: list[tuple[str, pa.Array]] = field(default_factory=list)
-    failed: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def texts(self) -> int:
-        """How many vectors have come."""
-        return sum(call.texts for call in self.calls if call.status == "ok")
-
-    @property
-    def tokens(self) -> int:
-        """What they were billed."""
-        return sum(call.tokens_billed for call in self.calls)
-
-    @property
-    def usd(self) -> float:
-        """What they cost."""
-        return sum(call.usd for call in self.calls)
-
-    def hashes(self, index: str | None = None) -> pa.Array:
-        """text_hash of the texts whose vectors have come, of all or of one index."""
-        columns = [hashes for place, hashes in self.came if index in {None, place}]
-        return pa.concat_arrays([pa.array([], HASH), *columns])
 
 
 def submit(
@@ -121,50 +77,79 @@ def submit(
         ProviderError: One could not be created; nothing is lost, and none is created twice.
     """
     for file, texts in _files(batches, folder, most):
-        made_at = datetime.now(tz=UTC).isoformat(timespec="milliseconds")
-        submission = Submission(file.stem, made_at, index, usd_per_million_tokens, texts)
+        submission = Submission(file.stem, _now(), index, usd_per_million_tokens, texts)
         notes.write(submission)
         try:
-            created = jobs.create(jobs.upload(file), {NAME: submission.name})
+            uploaded = jobs.upload(file)
+            # An upload may take long, and from now on it may be there without our knowing.
+            submission = replace(submission, made_at=_now())
+            notes.write(submission)
+            created = jobs.create(uploaded, {NAME: submission.name})
         except ProviderError as error:
             if not may_be_charged(error):  # then there is no job, and its texts are free
-                with suppress(ProviderError):  # else the next run looks for it
-                    _forget(submission, jobs, notes)
+                notes.write_done(submission)
+                _clear(submission, jobs, notes)
             raise
         finally:
             file.unlink()
         yield notes.write_id(submission, created.id)
 
 
+def _now() -> str:
+    return datetime.now(tz=UTC).isoformat(timespec="milliseconds")
+
+
 def _files(batches: Iterable[Batch], folder: Path, most: Most) -> Iterator[tuple[Path, pa.Table]]:
     """Files of requests in the staging folder, with their JOB_TEXTS."""
-    lines, size, parts, texts, tokens = list[bytes](), 0, list[pa.Table](), 0, 0
+    current: _Requests | None = None
+    try:
+        for batch in batches:
+            rows = batch.table.load(BATCH)
+            texts = json.dumps(rows.column("text").to_pylist()).encode()
+            if current is not None and current.is_full_with(batch, rows, texts, most):
+                yield current.close()
+                current = None
+            if current is None:
+                current = _Requests(folder)
+            current.add(batch, rows, texts)
+        if current is not None:
+            yield current.close()
+    finally:
+        if current is not None:
+            current.file.close()
 
-    def file() -> tuple[Path, pa.Table]:
-        path = folder / f"job-{uuid.uuid4().hex}.jsonl"
-        path.write_bytes(b"".join(lines))
-        return path, pa.concat_tables(parts)
 
-    for batch in batches:
-        rows = batch.table.load(BATCH)
-        body = {"input": rows.column("text").to_pylist()}
-        line = json.dumps({"custom_id": str(len(lines) + 1), "body": body}).encode() + b"\n"
-        full = (
-            texts + rows.num_rows > most.texts
-            or size + len(line) > most.bytes
-            or tokens + batch.tokens > most.tokens
+class _Requests:
+    """A file of requests that is being written, a batch a line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / f"job-{uuid.uuid4().hex}.jsonl"
+        with writing_file(self.path):
+            self.file = self.path.open("wb")
+        self._parts = list[pa.Table]()
+        self._texts = self._tokens = 0
+
+    def is_full_with(self, batch: Batch, rows: pa.Table, texts: bytes, most: Most) -> bool:
+        """Whether this batch belongs into the next one."""
+        return (
+            self._texts + rows.num_rows > most.texts
+            or self.file.tell() + len(texts) + LINE_BYTES > most.bytes
+            or self._tokens + batch.tokens > most.tokens
         )
-        if full and lines:
-            yield file()
-            lines, size, parts, texts, tokens = [], 0, [], 0, 0
-            line = json.dumps({"custom_id": "1", "body": body}).encode() + b"\n"
-        lines.append(line)
-        number = pa.array(np.full(rows.num_rows, len(lines), np.int32))
+
+    def add(self, batch: Batch, rows: pa.Table, texts: bytes) -> None:
+        line = len(self._parts) + 1
+        with writing_file(self.path):
+            self.file.write(b'{"custom_id": "%d", "body": {"input": %s}}\n' % (line, texts))
+        number = pa.array(np.full(rows.num_rows, line, np.int32))
         columns = [number, rows.column("text_hash"), rows.column("tokens")]
-        parts.append(pa.Table.from_arrays(columns, schema=JOB_TEXTS))
-        size, texts, tokens = size + len(line), texts + rows.num_rows, tokens + batch.tokens
-    if lines:
-        yield file()
+        self._parts.append(pa.Table.from_arrays(columns, schema=JOB_TEXTS))
+        self._texts, self._tokens = self._texts + rows.num_rows, self._tokens + batch.tokens
+
+    def close(self) -> tuple[Path, pa.Table]:
+        with writing_file(self.path):
+            self.file.close()
+        return self.path, pa.concat_tables(self._parts)
 
 
 def settle(
@@ -177,36 +162,75 @@ def settle(
         jobs: Its calls.
         notes: Held by the caller.
         cache: Of the space.
-        settled: What the run has seen before; this goes on in it.
+        settled: What the run has seen before; this goes on in it. Jobs that the provider does
+            not tell of are its troubles.
 
     Raises:
-        ProviderError: The provider does not tell; what it brought so far is kept.
-        StorageFailed: The state takes it not.
+        StorageFailed: The state cannot be read or written.
     """
-    settled.waiting = []
-    submissions = notes.all()
-    unheard = [each for each in submissions if each.id is None]
-    ours = {job.metadata.get(NAME): job for job in jobs.jobs()} if unheard else {}
-    for submission in submissions:
-        found = submission
-        if found.id is None:
-            job = ours.get(found.name)
-            if job is None:
-                if found.age_s < SURE_S:
-                    settled.waiting.append(found)
-                else:
-                    _forget(found, jobs, notes)
-                continue
-            found = notes.write_id(found, job.id)
-        job = jobs.job(str(found.id))
-        if not job.ended:
+    settled.waiting, settled.troubles = [], []
+    listed = functools.cache(lambda: {job.metadata.get(NAME): job.id for job in jobs.jobs()})
+    trouble: ProviderError | None = None
+    for found in notes.all():
+        try:
+            if trouble is not None and not found.done:
+                raise trouble
+            is_settled = _settle_one(provider, jobs, notes, cache, settled, found, listed)
+        except ProviderError as error:
+            settled.troubles.append((found, error))
+            trouble = trouble if isinstance(error, JobLost) else error  # of all of them
+            is_settled = False
+        if not is_settled:
             settled.waiting.append(found)
-            continue
-        harvest = _Harvest(provider, jobs, cache, submission=found, job=job, settled=settled)
-        harvest.run()
-        if harvest.refused:
-            notes.refuse(harvest.refused, cache)
-        _forget(found, jobs, notes, job)
+
+
+def _settle_one(  # noqa: PLR0917 - as `settle`
+    provider: Voyage,
+    jobs: VoyageJobs,
+    notes: JobNotes,
+    cache: Cache,
+    settled: Settled,
+    submission: Submission,
+    listed: Callable[[], Mapping[str | None, str]],
+) -> bool:
+    """Take in a job if it has ended; whether nothing of it is to come any more."""
+    if submission.done:
+        _clear(submission, jobs, notes)
+        return True
+    if submission.id is None:
+        job_id = listed().get(submission.name)
+        if job_id is None:
+            if submission.age_s < SURE_S:
+                return False
+            _clear(submission, jobs, notes)
+            return True
+        submission = notes.write_id(submission, job_id)
+    job = jobs.job(str(submission.id))
+    if job is None:
+        _require_old(submission, provider)
+        settled.failed["Voyage no longer knows the job"] += submission.texts.num_rows
+        notes.forget(submission)
+        return True
+    if not job.ended:
+        return False
+    harvest = Harvest(provider, jobs, cache, submission=submission, job=job, settled=settled)
+    harvest.run()
+    if harvest.refused:
+        notes.refuse(harvest.refused, cache)
+    notes.write_done(submission)
+    _clear(submission, jobs, notes, job)
+    return True
+
+
+def _require_old(submission: Submission, provider: Voyage) -> None:
+    """A job that is not there was dropped, or is another account's, which will be billed for it."""
+    if submission.age_s < KEPT_S:
+        raise JobLost(
+            f"The account of {provider.key_source} does not know the job {submission.id} of "
+            f"{submission.made_at[:16]}. Use the key that it was made with. If it is lost, remove "
+            f"the folder jobs/{provider.space.id}/{submission.name} in state.uri; its "
+            f"{submission.texts.num_rows:,} texts are then paid for again."
+        )
 
 
 def settle_at_once(  # noqa: PLR0917 - as `settle`
@@ -219,16 +243,19 @@ def settle_at_once(  # noqa: PLR0917 - as `settle`
 ) -> None:
     """The same where an index can wait no longer: its jobs are cancelled, what they have is taken.
 
-    What has not ended after CANCELS_S stays under way. Args and errors as in `settle`.
+    What has not ended after CANCELS_S stays under way. Args as in `settle`.
+
+    Raises:
+        ProviderError: The provider does not take that they are cancelled.
+        StorageFailed: As in `settle`.
     """
     settle(provider, jobs, notes, cache, settled)
     heard = {each.name: str(each.id) for each in settled.waiting if each.index == index and each.id}
     for job_id in heard.values():
         try:
             jobs.cancel(job_id)
-        except ProviderError:
-            if not jobs.job(job_id).ended:  # else it has ended just now
-                raise
+        except ProviderDenied:  # it has ended just now, or is about to
+            continue
     until = time.monotonic() + CANCELS_S
     while heard.keys() & {each.name for each in settled.waiting} and time.monotonic() < until:
         tell_waiting(f"{len(heard):,} jobs of the Batch lane are cancelled, which takes minutes")
@@ -236,126 +263,16 @@ def settle_at_once(  # noqa: PLR0917 - as `settle`
         settle(provider, jobs, notes, cache, settled)
 
 
-def _forget(
+def _clear(
     submission: Submission, jobs: VoyageJobs, notes: JobNotes, job: Job | None = None
 ) -> None:
-    """Remove what the provider keeps of a job, then what we know of it."""
+    """Remove what the provider keeps of a job, then what we know of it; the former may wait."""
     files = [] if job is None else [job.input_file, job.output_file, job.error_file]
-    if job is None:
-        files = [file for file, name in jobs.files() if name == f"{submission.name}.jsonl"]
-    for file in files:
-        if file is not None:
-            jobs.delete(file)
-    notes.forget(submission)
-
-
-class _Harvest:
-    """Takes in one job that has ended.
-
-    Attributes:
-        refused: text_hash of what another job would refuse again.
-    """
-
-    def __init__(
-        self,
-        provider: Voyage,
-        jobs: VoyageJobs,
-        cache: Cache,
-        *,
-        submission: Submission,
-        job: Job,
-        settled: Settled,
-    ) -> None:
-        self._provider, self._jobs, self._cache = provider, jobs, cache
-        self._submission, self._job, self._settled = submission, job, settled
-        self._folder = RunFolder(cache.state_uri, submission.name)
-        numbers = submission.texts.column("line").to_numpy()
-        ends = np.flatnonzero(np.diff(numbers, append=-1)) + 1
-        self._ends: npt.NDArray[np.int64] = ends
-        self._seen = set[int]()
-        self.refused = list[bytes]()
-
-    def run(self) -> None:
-        """Store its answers, then count them; done again, it changes nothing."""
-        with self._folder.alive():
-            for file in (self._job.output_file, self._job.error_file):
-                if file is not None:
-                    for row in self._jobs.rows(file):
-                        self._take(row)
-            calls = self._folder.calls()
-            fold(self._folder, self._cache)
-            Ledger(self._cache.state_uri).record_calls(calls)
-            self._folder.forget_notes()
-        self._settled.calls += calls
-        self._count_missing()
-
-    def _count_missing(self) -> None:
-        """Texts of which no file told: of a job that failed, was cancelled, or was taken before."""
-        told = pa.array(sorted(self._seen), pa.int32())
-        texts = self._submission.texts
-        rest = texts.filter(pc.invert(pc.is_in(texts.column("line"), told)))
-        missing = rest.filter(pa.array(~self._cache.holds(rest.column("text_hash"))))
-        if missing.num_rows:
-            words = "; ".join(self._job.problems[:PROBLEMS]) or f"the job is {self._job.status}"
-            self._settled.failed[words] += missing.num_rows
-            if self._job.status == "failed":
-                self.refused += missing.column("text_hash").to_pylist()
-
-    def _texts(self, line: int) -> pa.Table:
-        start = 0 if line == 1 else int(self._ends[line - 2])
-        return self._submission.texts.slice(start, int(self._ends[line - 1]) - start)
-
-    def _take(self, row: Mapping[str, Any]) -> None:
-        name = row.get("custom_id")
-        if not isinstance(name, str) or not name.isdecimal():
-            return
-        line = int(name)
-        if not 1 <= line <= len(self._ends) or line in self._seen:
-            return
-        self._seen.add(line)
-        texts = self._texts(line)
-        response = row.get("response") or {}
-        status, body = response.get("status_code"), response.get("body")
-        if status == _OK and isinstance(body, dict):
-            self._answer(line, texts, body)
-            return
-        error = row.get("error") or {}
-        words = str(error.get("code") or response.get("message") or status)
-        self._settled.failed[words] += len(texts)
-        if isinstance(status, int) and _REFUSED <= status < _SERVER:
-            self.refused += texts.column("text_hash").to_pylist()
-
-    def _answer(self, line: int, texts: pa.Table, body: dict[str, Any]) -> None:
-        hashes = texts.column("text_hash").combine_chunks()
-        try:
-            answer = self._provider.answer_of(body, len(texts), self._job.id)
-            vectors = checked_vectors(answer, len(texts), self._provider)
-        except AnswerRejected as error:
-            billed = error.facts.get("billed_tokens", 0)
-            self._folder.note(self._call(line, texts, billed, type(error).__name__))
-            self._settled.failed["an answer that is not what was asked for"] += len(texts)
-            return
-        call = self._call(line, texts, answer.billed_tokens, "ok")
-        self._folder.write_answer(hashes, vectors, self._provider.space, call)
-        self._settled.came.append((self._submission.index, hashes))
-
-    def _call(self, line: int, texts: pa.Table, billed: int, status: str) -> Call:
-        return Call(
-            run_id=self._submission.name,
-            batch=line,
-            attempt=1,
-            call=1,
-            cause="first",
-            status=status,
-            started_at=self._job.created_at,
-            waited=0.0,
-            seconds=0.0,
-            texts=len(texts),
-            tokens_estimated=pc.sum(texts.column("tokens")).as_py() or 0,
-            tokens_billed=billed,
-            usd=billed * self._submission.usd_per_million_tokens / 1e6,
-            request_id=self._job.id,
-            model=self._provider.space.model_name,
-            index=self._submission.index,
-            lane="batch",
-        )
+    with suppress(ProviderError):  # then the next run does
+        if job is None:
+            ours = {f"{submission.name}.jsonl", f"batch_{submission.id}_output"}
+            files = [file for file, name in jobs.files() if name in ours]
+        for file in files:
+            if file is not None:
+                jobs.delete(file)
+        notes.forget(submission)

@@ -87,7 +87,8 @@ class Plan(Part):
     @property
     def needs_approval(self) -> bool:
         """Whether a run may cost more than it may unasked."""
-        if self.approve_above_usd is None or not self.cost.usd:
+        sends_nothing = self.waiting and self.lane == "realtime"
+        if self.approve_above_usd is None or not self.cost.usd or sends_nothing:
             return False
         most = self.cost.usd if self.max_usd is None else min(self.cost.usd, self.max_usd)
         return most > self.approve_above_usd
@@ -224,8 +225,14 @@ def _lane_rows(plan: Plan) -> list[Row]:
     if plan.lane == "realtime" and plan.lane_why:
         rows.append(("lane", f"realtime: {plan.lane_why}"))
     if plan.waiting:
-        rows.append(("in the Batch lane now", f"{plan.waiting:,} texts; published once they come"))
+        first = "; what is to embed goes at once when they have come" if _held_back(plan) else ""
+        rows.append(("in the Batch lane now", f"{plan.waiting:,} texts{first}"))
     return rows
+
+
+def _held_back(plan: Plan) -> bool:
+    """Whether texts of the realtime lane wait for those of the Batch lane."""
+    return plan.lane == "realtime" and plan.texts.embedded > 0
 
 
 def _tokens_text(plan: Plan) -> str:

@@ -85,6 +85,8 @@ class BatchLane(Part):
         submitted_tokens: Estimated.
         submitted_usd: Their list price there, by that estimate; billed by the run that takes
             them in.
+        left_texts: Missing texts that are not sent yet: over the budget or the account's limits, or
+            to go at once when all others have come.
         waiting_texts: Texts of the corpus that are there when the run ends.
         waiting_jobs: Jobs under way by then.
         came_texts: Texts whose vectors this run has taken in; `texts.embedded`, `tokens` and
@@ -100,6 +102,7 @@ class BatchLane(Part):
     submitted_texts: int = 0
     submitted_tokens: int = 0
     submitted_usd: float = 0.0
+    left_texts: int = 0
     waiting_texts: int = 0
     waiting_jobs: int = 0
     came_texts: int = 0

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,10 +15,11 @@ from tasks.compare import tally
 from tasks.fill import Filled
 from tasks.fingerprint import Keyed
 from tasks.form import Overrides
+from tasks.harvest import Settled
 from tasks.job_notes import Submission
-from tasks.jobs import Settled
 from tasks.journal import RunFolder
 from tasks.keys import KeySet
+from tasks.lane_report import batch_lane_of
 from tasks.ledger import Ledger
 from tasks.limiter import LimiterStatistics
 from tasks.memory import peak_bytes
@@ -31,7 +32,6 @@ from tasks.quarantine import Quarantine
 from tasks.read.tree import CHANGED
 from tasks.recover import Recovered
 from tasks.report import (
-    BatchLane,
     Calls,
     Chunks,
     Concurrency,
@@ -40,6 +40,7 @@ from tasks.report import (
     LeftOut,
     Memory,
     RunReport,
+    Saved,
     Seconds,
     Texts,
     Throughput,
@@ -48,7 +49,7 @@ from tasks.report import (
     place,
 )
 from tasks.scan import keep_scan
-from tasks.schemas import CHANGES, DELETIONS, HASH, KEYED
+from tasks.schemas import CHANGES, DELETIONS
 from tasks.stamps import keep_stamps
 from tasks.survey import Survey
 
@@ -265,7 +266,7 @@ def finished_report(
         recovered_vectors=recovered.vectors,
         unreadable_answers=len(recovered.set_aside),
         incomplete=incomplete,
-        batch_lane=_batch_lane(survey, settled),
+        batch_lane=batch_lane_of(survey, settled),
     )
 
 
@@ -278,35 +279,20 @@ def waiting_report(
 ) -> RunReport:
     """The report of a run that ends while texts are in the Batch lane; the index is as it was."""
     report = ended_report(about, settled.calls, "waiting", "", clock.total())
-    texts = texts_of(survey, report.texts.embedded)
-    lane = _batch_lane(survey, settled, submitted)
-    return report.model_copy(update={"texts": texts, "batch_lane": lane})
-
-
-def _batch_lane(
-    survey: Survey, settled: Settled, submitted: Sequence[Submission] = ()
-) -> BatchLane:
-    tokens, index = sum(each.tokens for each in submitted), survey.config.index.place
-    theirs = [each.texts.column("text_hash") for each in settled.waiting if each.index == index]
-    paid = pa.chunked_array([settled.hashes(index), *_chunks(theirs)], HASH).unique()
-    corpus = survey.keyed.table.load(KEYED).column("text_hash")
-    return BatchLane(
-        submitted_texts=sum(each.texts.num_rows for each in submitted),
-        submitted_tokens=tokens,
-        submitted_usd=survey.lane.usd(tokens),
-        waiting_texts=survey.looked_up.waiting + sum(each.texts.num_rows for each in submitted),
-        waiting_jobs=len(settled.waiting) + len(submitted),
-        came_texts=settled.texts,
-        came_tokens=settled.tokens,
-        came_usd=settled.usd,
-        superseded_texts=int(np.sum(~KeySet(corpus).holds(paid))) if len(paid) else 0,
-        failed=dict(settled.failed),
-        why=survey.lane.why,
+    lane = batch_lane_of(survey, settled, submitted)
+    left = survey.packed.texts - lane.submitted_texts
+    saved = survey.facts.usd(settled.tokens) - settled.usd
+    return report.model_copy(
+        update={
+            "texts": texts_of(survey, report.texts.embedded),
+            "batch_lane": lane.model_copy(update={"left_texts": left}),
+            "cost": Cost(
+                usd=settled.usd,
+                usd_without_reuse=settled.usd + saved,
+                saved_usd=Saved(batch_lane=saved),
+            ),
+        }
     )
-
-
-def _chunks(columns: Iterable[pa.ChunkedArray]) -> list[pa.Array]:
-    return [chunk for column in columns for chunk in column.chunks]
 
 
 def ended_report(

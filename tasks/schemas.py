@@ -199,17 +199,17 @@ class TableRef:
             StorageFailed: The disk does not take it.
         """
         rows = 0
-        with _writing(path):
+        with writing_file(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             writer = pa.ipc.new_file(str(path), schema)
         try:
             for batch in batches:
                 require(batch.schema, schema, path.name)
-                with _writing(path):
+                with writing_file(path):
                     writer.write(batch)
                 rows += batch.num_rows
         finally:
-            with _writing(path):
+            with writing_file(path):
                 writer.close()
         return cls(str(path), rows)
 
@@ -248,8 +248,12 @@ class TableRef:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Say in words that the disk does not take the file at `path`."""
+def writing_file(path: Path) -> Iterator[None]:
+    """Say in words that the disk does not take the file at `path`.
+
+    Raises:
+        StorageFailed: It does not.
+    """
     try:
         yield
     except OSError as error:

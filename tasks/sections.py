@@ -134,6 +134,8 @@ def _batch_lane(lane: BatchLane) -> tuple[Row, ...]:
     if lane.waiting_texts:
         jobs = "job" if lane.waiting_jobs == 1 else "jobs"
         rows.append(("waiting", f"{lane.waiting_texts:,} texts in {lane.waiting_jobs:,} {jobs}"))
+    if lane.left_texts:
+        rows.append(("not sent yet", f"{lane.left_texts:,} texts"))
     if lane.came_texts:
         price = f"{lane.came_tokens:,} tokens, {usd_text(lane.came_usd)}"
         rows.append(("came", f"{lane.came_texts:,} texts, {price}"))

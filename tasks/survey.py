@@ -143,12 +143,14 @@ def survey(
         keyed.table, indexed, config.source.kind, held, folder, same_columns=same_columns
     )
     lookup_started = time.perf_counter()
-    # First the journals, then the cache: an answer that is folded in between is seen twice.
+    jobs = JobNotes(config.state.uri, identity.space)
+    may_wait = config.embedding.lane != "realtime"
+    # In the order in which answers go: one that moves on in between is seen twice. Of the
+    # realtime lane only what this index waits for from an earlier choice is waited for.
+    in_lane = jobs.waiting(None if may_wait else config.index.place)
     unfolded = unfolded_hashes(config.state.uri, identity.space)
     cache = Cache(config.state.uri, identity.space)
     quarantine = Quarantine(config.state.uri, identity.space.id)
-    jobs = JobNotes(config.state.uri, identity.space)
-    may_wait = config.embedding.lane != "realtime"
     skip = quarantine.hashes if not overrides.retry_quarantined else pa.array([], HASH)
     looked_up = lookup(
         compared.changes,
@@ -157,7 +159,7 @@ def survey(
         folder / "misses.arrow",
         unfolded=unfolded,
         quarantined=skip,
-        waiting=jobs.waiting() if may_wait else NONE,
+        waiting=in_lane,
         came=came,
     )
     misses = looked_up.misses.load(MISSES)

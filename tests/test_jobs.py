@@ -1,23 +1,36 @@
 """Texts in the Batch lane: submitted once, taken in once, whatever goes wrong between."""
 
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tasks.cache import Cache
 from tasks.catalog import catalog
-from tasks.errors import ProviderBusy, ProviderDenied, ProviderError, ProviderThrottled
+from tasks.errors import (
+    JobLost,
+    ProviderBusy,
+    ProviderDenied,
+    ProviderError,
+    ProviderThrottled,
+    StorageFailed,
+)
+from tasks.harvest import Settled
 from tasks.job_notes import JobNotes, Submission
-from tasks.jobs import MOST, Most, Settled, settle, submit
+from tasks.jobs import MOST, Most, settle, submit
 from tasks.keys import hash_column, text_hash
 from tasks.ledger import Ledger
 from tasks.limits import Limits
 from tasks.providers.voyage import Voyage
-from tasks.providers.voyage_jobs import VoyageJobs
+from tasks.providers.voyage_jobs import Job, VoyageJobs, _lines
 from tasks.recover import recover
 from tasks.run import record_notes
 from tasks.schemas import BATCH, Batch
@@ -244,6 +257,134 @@ def test_a_job_that_fails_says_why_and_its_texts_are_free_again(
     assert list(settled.failed.values()) == [2]
     assert "At most" in next(iter(settled.failed)) or "holds at most" in next(iter(settled.failed))
     assert lane.notes.waiting().to_pylist() == []
+
+
+SPOILT = ("process_then_reset", "reset_mid", "short_body", "chunk_trunc")
+GARBAGE = ("bad_json", "bad_utf8", "text_plain_200", "empty_200")
+
+
+@pytest.mark.parametrize("action", [*SPOILT, *GARBAGE, "reset_before"])
+@pytest.mark.parametrize(
+    "endpoint", ["upload", "create", "jobs", "job", "files", "content", "delete"]
+)
+def test_whatever_goes_wrong_with_an_answer_is_told_and_costs_nothing(
+    simulator: Simulator, lane: Lane, monkeypatch: pytest.MonkeyPatch, endpoint: Any, action: Any
+) -> None:
+    monkeypatch.setattr("tasks.jobs.SURE_S", 0.0)
+    monkeypatch.setattr("tasks.providers.voyage_jobs._AGAIN_S", ())
+    simulator.add(Rule(endpoint=endpoint, action=action, times=1))
+    if endpoint in {"jobs", "files"}:  # asked only where a job was not heard of
+        simulator.add(Rule(endpoint="create", action="process_then_reset", times=1))
+    for _ in range(6):
+        with suppress(ProviderError):
+            lane.settle()
+            missing = [text for text in words(3) if not lane.known(text)[0]]
+            if missing and not len(lane.notes.waiting()):
+                lane.submit(missing[:1], missing[1:])
+            simulator.advance(100)
+    assert all(lane.known(*words(3)))
+    assert lane.notes.all() == []
+    totals = simulator.ledger.totals()
+    assert (totals["batch_jobs"], totals["texts_billed_again"]) == (1, 0)
+    assert lane.bill()[0] == totals["billed_tokens"]
+
+
+def test_a_job_of_another_account_is_not_taken_for_lost(
+    simulator: Simulator, lane: Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (made,) = lane.submit(words(3))
+    monkeypatch.setenv("VOYAGE_API_KEY", "pa-of-another-account")
+    ((trouble, error),) = lane.settle().troubles
+    assert (trouble.name, type(error)) == (made.name, JobLost)
+    assert re.search(rf"does not know the job {made.id}.*jobs/.*{made.name}", str(error))
+    assert len(lane.notes.waiting()) == 3
+    monkeypatch.setattr("tasks.jobs.KEPT_S", 0.0)  # a month later
+    assert lane.settle().failed == {"Voyage no longer knows the job": 3}
+    assert lane.notes.all() == []
+
+
+def test_an_answer_that_is_gone_is_not_paid_for_again_unasked(
+    simulator: Simulator, lane: Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (made,) = lane.submit(words(3), words(2, 3))
+    simulator.advance(100)
+    job = lane.jobs.job(str(made.id))
+    assert job is not None
+    lane.jobs.delete(str(job.output_file))
+    (_,) = lane.submit(words(2, 10))
+    simulator.advance(100)
+    settled = lane.settle()  # a job of which all is well is taken in all the same
+    ((trouble, error),) = settled.troubles
+    assert (trouble.name, type(error), settled.texts) == (made.name, JobLost, 2)
+    assert re.search(rf"lack 2 of its 2 answers.*jobs/.*{made.name}", str(error))
+    assert len(lane.notes.waiting()) == 5
+    monkeypatch.setattr("tasks.harvest.KEPT_S", 0.0)  # a month later
+    assert lane.settle().failed == {"the job is completed": 5}
+    assert lane.notes.all() == []
+
+
+@pytest.mark.parametrize("cut", ["a bad vector", "too few"])
+def test_a_wrong_answer_is_on_the_bill_and_not_asked_for_in_the_lane_again(
+    simulator: Simulator, lane: Lane, monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    def spoilt(self: VoyageJobs, file: str) -> Iterator[dict[str, Any]]:
+        for row in rows(self, file):
+            data = row["response"]["body"]["data"]
+            if row["custom_id"] == "1" and cut == "too few":
+                data.pop()
+            elif row["custom_id"] == "1":
+                data[0]["embedding"][0] = 7.0
+            yield row
+
+    rows = VoyageJobs.rows
+    monkeypatch.setattr(VoyageJobs, "rows", spoilt)
+    lane.submit(words(2), words(2, 2))
+    simulator.advance(100)
+    simulator.add(Rule(endpoint="delete", status=503, times=1))
+    settled = lane.settle()
+    assert (settled.texts, settled.failed.total(), settled.troubles) == (2, 2, [])
+    assert lane.notes.refused().to_pylist() == [text_hash(text) for text in words(2)]
+    (left,) = lane.notes.all()
+    assert left.done
+    assert lane.notes.waiting().to_pylist() == []
+    again = lane.settle()  # its files went not; its answers are counted once
+    assert (again.calls, again.failed, lane.notes.all()) == ([], {}, [])
+    assert list(lane.jobs.files()) == []
+    assert lane.bill()[0] == simulator.ledger.totals()["billed_tokens"]
+
+
+def test_notes_that_cannot_be_read_are_named(lane: Lane, index_in: Callable[..., Any]) -> None:
+    index = index_in(lane.state)
+    (made,) = lane.submit(words(2))
+    notes = lane.state / "jobs" / lane.provider.space.id / made.name / "texts.arrow"
+    notes.write_bytes(notes.read_bytes()[:50])
+    with pytest.raises(
+        StorageFailed, match=rf"jobs/.*{made.name}/texts.arrow in .* cannot be read"
+    ):
+        lane.settle()
+    lane.notes.falls_behind(index)
+    lane.notes.refuse([text_hash("a")], lane.cache)
+    for file in (lane.state / "lanes" / lane.provider.space.id).iterdir():
+        file.write_bytes(b"")
+    assert lane.notes.behind_s(index) is None
+    assert lane.notes.refused().to_pylist() == []
+    lane.notes.falls_behind(index)
+    assert 0 <= (lane.notes.behind_s(index) or -1) < 60
+
+
+@pytest.mark.parametrize("status", ["completed", "failed", "cancelled", "expired", "of tomorrow"])
+def test_a_job_has_ended_unless_it_is_known_to_go_on(status: str) -> None:
+    said = {"id": "1", "input_file_id": "2", "created_at": "2026-01-01T00:00:00Z"}
+    assert Job.read({**said, "status": status}).ended
+    assert not Job.read({**said, "status": "finalizing"}).ended
+
+
+@given(st.lists(st.binary(), min_size=1), st.integers(1, 7))
+def test_lines_of_an_answer_end_at_line_feeds_only(lines: list[bytes], size: int) -> None:
+    lines = [line.replace(b"\n", b"\xe2\x80\xa8") for line in lines]
+    data = b"\n".join(lines)
+    chunks = (data[at : at + size] for at in range(0, len(data), size))
+    assert list(_lines(httpx.Response(200, content=chunks))) == lines
 
 
 @pytest.mark.parametrize(

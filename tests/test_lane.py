@@ -5,21 +5,27 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows.reindex import reindex, run
+from tasks.cache import Cache
 from tasks.catalog import catalog
+from tasks.claims import Claims
 from tasks.errors import BudgetReached, EmbedOnceError, SettingsError
 from tasks.form import Overrides
 from tasks.history import history, totals
 from tasks.index import open_index
+from tasks.journal import RunFolder
+from tasks.keys import hash_column, text_hash
 from tasks.lanes import WINDOW_S, WORTH_USD, lane_of, require_lane
 from tasks.ledger import Ledger
 from tasks.params import Embedding, load_config
 from tasks.plan import make_plan, plan_rows
+from tasks.providers.opening import open_provider
 from tasks.report import RunReport
 from tasks.sections import sections
 from tasks.simulator import Rule, Settings, Simulator
@@ -155,6 +161,7 @@ def test_a_newer_corpus_supersedes_what_waits(simulator: Simulator, home: Home) 
     assert simulator.ledger.totals()["batch_jobs"] == 2
 
 
+@pytest.mark.slow
 def test_an_index_that_stands_is_read_as_it_was_while_texts_wait(
     simulator: Simulator, home: Home
 ) -> None:
@@ -170,6 +177,40 @@ def test_an_index_that_stands_is_read_as_it_was_while_texts_wait(
     home.billed()
 
 
+@pytest.mark.slow
+def test_texts_that_wait_for_one_index_are_not_submitted_for_another(
+    simulator: Simulator, home: Home
+) -> None:
+    home.write(*birds(4))
+    home.reindex()
+    home.write(*birds(5))
+    other = ["index.table=other"]
+    second = home.reindex(*other)
+    assert (second.batch_lane.submitted_texts, second.batch_lane.waiting_texts) == (1, 5)
+    simulator.advance(100)
+    taken = home.reindex(*other)
+    assert (taken.state, taken.batch_lane.came_texts, taken.chunks.added) == ("completed", 5, 5)
+    assert taken.batch_lane.superseded_texts == 0
+    first = home.reindex()
+    assert (first.state, first.texts.embedded, first.texts.from_cache) == ("completed", 0, 5)
+    home.billed()
+
+
+@pytest.mark.slow
+def test_a_state_in_object_storage_waits_as_well(
+    simulator: Simulator, home: Home, bucket: str
+) -> None:
+    home.write(*birds(4))
+    stored = [f"state.uri={bucket}/state", f"index.uri={bucket}/index"]
+    assert [home.reindex(*stored).state for _ in range(2)] == ["waiting", "waiting"]
+    simulator.advance(100)
+    report = home.reindex(*stored)
+    assert (report.state, report.batch_lane.came_texts, report.chunks.added) == ("completed", 4, 4)
+    assert home.reindex(*stored).state == "unchanged"
+    totals = simulator.ledger.totals()
+    assert (totals["batch_jobs"], totals["texts_billed_again"]) == (1, 0)
+
+
 def test_the_flow_run_ends_in_a_state_called_waiting(home: Home) -> None:
     home.write(*birds(2))
     state: Any = reindex(str(home.file), return_state=True)
@@ -177,12 +218,13 @@ def test_the_flow_run_ends_in_a_state_called_waiting(home: Home) -> None:
     assert "waits for the Batch lane" in str(state.message)
 
 
+@pytest.mark.slow
 def test_what_an_index_can_wait_for_no_longer_goes_the_realtime_lane(
     simulator: Simulator, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.write(*birds(8))
     home.reindex()
-    simulator.advance(12.5)  # two of its lines are done
+    simulator.advance(12.5)  # two of its four lines are done
     monkeypatch.setattr("tasks.jobs.time.sleep", simulator.advance)
     late = home.reindex("embedding.lane_deadline=0.001")
     assert (late.state, home.published()) == ("completed", birds(8))
@@ -192,6 +234,99 @@ def test_what_an_index_can_wait_for_no_longer_goes_the_realtime_lane(
     home.billed()
 
 
+@pytest.mark.slow
+def test_a_job_that_is_about_to_end_is_not_cancelled_but_taken_in(
+    simulator: Simulator, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.write(*birds(4))
+    home.reindex()
+    simulator.advance(15)  # finalizing
+    monkeypatch.setattr("tasks.jobs.time.sleep", simulator.advance)
+    report = home.reindex("embedding.lane_deadline=0.001")
+    assert (report.state, report.batch_lane.came_texts, report.calls.ok) == ("completed", 4, 2)
+    home.billed()
+
+
+@pytest.mark.slow
+def test_a_job_of_another_index_harms_only_that_one(
+    simulator: Simulator, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.write(*birds(4))
+    home.reindex()
+    home.write(*birds(4, 10))
+    other = ["index.table=other"]
+    home.reindex(*other)
+    ids = (home.folder / "state" / "jobs").glob("*/*/id")
+    first = min(ids, key=lambda id_: id_.stat().st_mtime)
+    first.write_text("batch-of-nobody", encoding="utf-8")
+    simulator.advance(100)
+    assert home.reindex(*other).state == "completed"
+    assert home.reindex("index.table=third", "embedding.lane=realtime").state == "completed"
+    with pytest.raises(EmbedOnceError, match=r"does not know the job batch-of-nobody.*Use the key"):
+        home.reindex()
+
+
+@pytest.mark.slow
+def test_an_index_that_has_caught_up_starts_to_wait_anew(home: Home) -> None:
+    home.write(*birds(2))
+    home.reindex()
+    (behind,) = (home.folder / "state" / "lanes").glob("*/behind-*")
+    for file in (home.folder / "state" / "jobs").glob("*/*/*"):
+        file.unlink()
+    home.reindex("embedding.lane=realtime")
+    assert not behind.exists()
+
+
+@pytest.mark.slow
+def test_nobody_is_asked_about_a_run_that_sends_nothing(simulator: Simulator, home: Home) -> None:
+    home.write(*birds(2))
+    home.reindex()
+    home.write(*birds(4))
+    (behind,) = (home.folder / "state" / "lanes").glob("*/behind-*")
+    behind.write_text((datetime.now(tz=UTC) - timedelta(hours=13)).isoformat(), encoding="utf-8")
+    planned = home.plan("budget.approve_above_usd=0")
+    assert (planned.waiting, planned.texts.embedded, planned.needs_approval) == (2, 2, False)
+    assert "goes at once when they have come" in as_text(plan_rows(planned))
+    report = home.reindex("budget.approve_above_usd=0")
+    assert (report.state, report.batch_lane.left_texts) == ("waiting", 2)
+    assert "not sent yet" in told(report)
+    assert simulator.ledger.totals()["batch_jobs"] == 1
+
+
+@pytest.mark.slow
+def test_what_a_run_takes_in_while_others_wait_is_in_its_report(
+    simulator: Simulator, home: Home
+) -> None:
+    home.write(*birds(2))
+    home.reindex()
+    simulator.advance(100)
+    home.write(*birds(4))
+    second = home.reindex()
+    assert (second.state, second.batch_lane.came_texts) == ("waiting", 2)
+    assert second.cost.saved_usd.batch_lane == pytest.approx(0.33 / 0.67 * second.cost.usd)
+    simulator.advance(100)
+    third = home.reindex()
+    tokens, usd = home.billed()
+    assert second.cost.usd + third.cost.usd == pytest.approx(usd)
+    (total,) = totals(load_config(home.file)).to_dict("records")
+    assert total["saved_usd.batch_lane"] == pytest.approx(0.33 * USD * tokens)
+
+
+@pytest.mark.slow
+def test_a_text_that_another_run_is_sending_is_not_submitted(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.write(*birds(4))
+    config = load_config(home.file)
+    other = RunFolder(config.state.uri, "another")
+    cache = Cache(config.state.uri, open_provider(config).space)
+    with other.alive():
+        Claims(other, cache).claim(1, hash_column([text_hash("bird number 1 sings")]))
+        report = home.reindex()
+    assert (report.batch_lane.submitted_texts, report.batch_lane.left_texts) == (3, 1)
+
+
+@pytest.mark.slow
 def test_a_run_of_the_realtime_lane_does_not_wait(
     simulator: Simulator, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,12 +338,13 @@ def test_a_run_of_the_realtime_lane_does_not_wait(
     home.billed()
 
 
+@pytest.mark.slow
 def test_a_text_that_the_lane_refuses_is_asked_at_once_and_quarantined(
     simulator: Simulator, home: Home
 ) -> None:
     for endpoint in ("line", "embeddings"):
         simulator.add(Rule(endpoint=endpoint, marker="number 2 ", status=400, detail="Bad text."))
-    simulator.add(Rule(endpoint="line", marker="number 5 ", status=500, detail="Down.", times=1))
+    simulator.add(Rule(endpoint="line", marker="number 5 ", status=429, detail="Down.", times=1))
     home.write(*birds(8))
     home.reindex()
     simulator.advance(100)
@@ -222,6 +358,7 @@ def test_a_text_that_the_lane_refuses_is_asked_at_once_and_quarantined(
     home.billed()
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_as_a_whole_is_not_made_again(simulator: Simulator, home: Home) -> None:
     simulator.change(jobs=TIMES.model_copy(update={"most_lines": 1}).model_dump())
     home.write(*birds(4))
@@ -232,6 +369,7 @@ def test_a_job_that_fails_as_a_whole_is_not_made_again(simulator: Simulator, hom
     home.billed()
 
 
+@pytest.mark.slow
 def test_an_account_that_is_full_is_asked_again_half_an_hour_later(
     simulator: Simulator, home: Home
 ) -> None:
@@ -246,6 +384,7 @@ def test_an_account_that_is_full_is_asked_again_half_an_hour_later(
     assert home.reindex().batch_lane.submitted_texts == 4
 
 
+@pytest.mark.slow
 def test_a_run_submits_what_its_budget_is_enough_for(simulator: Simulator, home: Home) -> None:
     home.write(*birds(6))
     tokens = home.plan().tokens
@@ -263,6 +402,7 @@ def test_a_run_submits_what_its_budget_is_enough_for(simulator: Simulator, home:
     home.billed()
 
 
+@pytest.mark.slow
 def test_a_lane_that_does_not_answer_ends_the_run_and_loses_nothing(
     simulator: Simulator, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +421,7 @@ def test_a_lane_that_does_not_answer_ends_the_run_and_loses_nothing(
     home.billed()
 
 
+@pytest.mark.slow
 def test_a_first_run_costs_less_than_half_and_a_second_an_eighth(
     simulator: Simulator, home: Home
 ) -> None:

@@ -6,7 +6,7 @@ and is loaded by the first call, so that a plan does not pay for it.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -157,9 +157,14 @@ class Voyage:
         from tasks.providers.voyage_transport import Outcome  # noqa: PLC0415
 
         reply = Reply(200, {"x-request-id": request_id})
-        return self._read(Outcome("The Batch API", reply, body), texts)
+        return self._read(Outcome("The Batch API", reply, body), texts, self._any_bytes)
 
-    def _read(self, outcome: "Outcome", texts: int) -> Answer:
+    def _read(
+        self,
+        outcome: "Outcome",
+        texts: int,
+        numbers: Callable[[object], bytes] = numbers_in_base64,
+    ) -> Answer:
         """The vectors of a good answer; what of it is not as it should be is rejected."""
         result = outcome.result if isinstance(outcome.result, dict) else {}
         items = result.get("data")
@@ -173,7 +178,7 @@ class Voyage:
         if not all(type(at) is int and 0 <= at < texts for at in order):
             self._reject(outcome, "with vectors that belong to none of the texts")
 
-        rows = [self._bytes(item.get("embedding")) for item in items]
+        rows = [numbers(item.get("embedding")) for item in items]
         size = self.dimension * _BITS[self.dtype] // 8
         wrong = [at for at, row in zip(order, rows, strict=True) if len(row) != size]
         if wrong:
@@ -192,7 +197,7 @@ class Voyage:
             outcome.learned,
         )
 
-    def _bytes(self, embedding: object) -> bytes:
+    def _any_bytes(self, embedding: object) -> bytes:
         """A vector as bytes; none where it is no vector. The Batch API gives lists of numbers."""
         if not isinstance(embedding, list):
             return numbers_in_base64(embedding)

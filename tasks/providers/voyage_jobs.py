@@ -9,7 +9,7 @@ import json
 import ssl
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ class Job:
 
     Attributes:
         id: Its name.
-        status: validating, in_progress, finalizing, completed, failed, cancelling or cancelled.
+        status: validating, in_progress, finalizing or cancelling; else it has ended, as
+            completed, failed or cancelled.
         input_file: Id of the file of its requests.
         output_file: Id of the file of its answers; None before it has ended, or without any.
         error_file: The same of what failed.
@@ -69,14 +70,14 @@ class Job:
     @property
     def ended(self) -> bool:
         """Whether nothing more becomes of it."""
-        return self.status in {"completed", "failed", "cancelled"}
+        return self.status not in {"validating", "in_progress", "finalizing", "cancelling"}
 
     @classmethod
     def read(cls, said: Any) -> "Job":
         """What the API said of it.
 
         Raises:
-            TypeError, KeyError: It is no job.
+            AttributeError, KeyError, TypeError, ValueError: It is no job.
         """
         counts, errors = said.get("request_counts") or {}, said.get("errors") or {}
         problems = [
@@ -118,7 +119,7 @@ class VoyageJobs:
             said = self._ask(
                 "POST", "files", data={"purpose": "batch"}, files={"file": (file.name, lines)}
             )
-        return str(said["id"])
+        return str(self._of(said, "id"))
 
     def create(self, input_file: str, metadata: Mapping[str, str], **more: str) -> Job:
         """Have the requests of a file done, with `more` said of them. It alone costs money."""
@@ -137,29 +138,34 @@ class VoyageJobs:
             "request_params": {name: value for name, value in params.items() if value is not None},
             "metadata": dict(metadata),
         }
-        return Job.read(self._ask("POST", "batches", json=wanted))
+        return self._job(self._ask("POST", "batches", json=wanted))
 
-    def job(self, name: str) -> Job:
-        """A job as it is now."""
-        return Job.read(self._ask("GET", f"batches/{name}"))
+    def job(self, name: str) -> Job | None:
+        """A job as it is now; None where the account has none of that name."""
+        said = self._ask("GET", f"batches/{name}", missing_is_fine=True)
+        return None if said is None else self._job(said)
 
     def jobs(self) -> Iterator[Job]:
         """All jobs of the account."""
-        return map(Job.read, self._pages("batches"))
+        return map(self._job, self._pages("batches"))
 
     def cancel(self, name: str) -> Job:
         """Have no further line of it done; what is done stays and is billed."""
-        return Job.read(self._ask("POST", f"batches/{name}/cancel"))
+        return self._job(self._ask("POST", f"batches/{name}/cancel"))
 
     def files(self) -> Iterator[tuple[str, str]]:
         """Id and name of all files of the account."""
-        return ((str(file["id"]), str(file["filename"])) for file in self._pages("files"))
+        found = self._pages("files")
+        return ((str(self._of(each, "id")), str(self._of(each, "filename"))) for each in found)
 
     def rows(self, file: str) -> Iterator[dict[str, Any]]:
-        """The lines of a file, in no order; none where it is not there any more."""
+        """The lines of a file, in no order; none where it is not there any more.
+
+        A line that is no JSON is left out: had it broken off on its way, HTTP would tell.
+        """
         with self._answer("GET", f"files/{file}/content", missing_is_fine=True) as answer:
-            for line in answer.iter_lines() if answer.is_success else ():
-                if line.strip():
+            for line in _lines(answer) if answer.is_success else ():
+                with suppress(ValueError):
                     row = json.loads(line)
                     yield row if isinstance(row, dict) else {}
 
@@ -172,10 +178,26 @@ class VoyageJobs:
         after: dict[str, str] = {}
         while True:
             said = self._ask("GET", path, params={"limit": str(_PAGE), **after})
-            yield from said["data"]
-            if not said["has_more"]:
+            yield from self._of(said, "data")
+            if not self._of(said, "has_more"):
                 return
-            after = {"after": said["last_id"]}
+            after = {"after": self._of(said, "last_id")}
+
+    def _job(self, said: Any) -> Job:
+        try:
+            return Job.read(said)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._odd("what is no job") from error
+
+    def _of(self, said: Any, name: str) -> Any:
+        if not isinstance(said, dict) or name not in said:
+            raise self._odd(f"without {name!r}")
+        return said[name]
+
+    def _odd(self, what: str) -> ProviderBusy:
+        return ProviderBusy(
+            f"{host_of(self._url)} answered {what}. It may work later.", retry_after=None
+        )
 
     def _ask(self, method: str, path: str, **more: Any) -> Any:
         for delay_s in _AGAIN_S if method == "GET" else ():
@@ -188,13 +210,12 @@ class VoyageJobs:
     def _asked(self, method: str, path: str, **more: Any) -> Any:
         with self._answer(method, path, **more) as answer:
             body = answer.read()
+        if not answer.is_success:
+            return None
         try:
             return json.loads(body)
         except ValueError as error:
-            raise ProviderBusy(
-                f"{host_of(self._url)} answered what is no JSON. It may work later.",
-                retry_after=None,
-            ) from error
+            raise self._odd("what is no JSON") from error
 
     @contextmanager
     def _answer(
@@ -235,3 +256,15 @@ class VoyageJobs:
         if reply.status >= SERVER or reply.status in LATER:
             return case.error(ProviderBusy, f"answered {reply.status}. It may work later")
         return case.error(ProviderDenied, case.denied(reply.status))
+
+
+def _lines(answer: httpx.Response) -> Iterator[bytes]:
+    """The lines of an answer; httpx would cut at every character that Unicode calls a break."""
+    parts = list[bytes]()
+    for chunk in answer.iter_bytes():
+        first, *more = chunk.split(b"\n")
+        parts.append(first)
+        for each in more:
+            yield b"".join(parts)
+            parts = [each]
+    yield b"".join(parts)
