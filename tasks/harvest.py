@@ -36,6 +36,7 @@ PROBLEMS = 3
 """Of a job that failed, so many are told."""
 _OK, _REFUSED, _SERVER = 200, 400, 500
 _PASSES = LATER | {429}
+"""Refusals that another job may not meet."""
 
 
 @dataclass

@@ -12,6 +12,9 @@ from tasks.report import BatchLane
 from tasks.schemas import HASH, KEYED
 from tasks.survey import Survey
 
+REASONS = 20
+"""Why texts came without a vector, so many reasons are told."""
+
 
 def batch_lane_of(
     survey: Survey, settled: Settled, submitted: Sequence[Submission] = ()
@@ -31,7 +34,7 @@ def batch_lane_of(
         came_tokens=settled.tokens,
         came_usd=settled.usd,
         superseded_texts=int(np.sum(~KeySet(corpus).holds(paid))) if len(paid) else 0,
-        failed=dict(settled.failed),
+        failed=dict(settled.failed.most_common(REASONS)),
         why=survey.lane.why,
     )
 
