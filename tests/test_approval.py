@@ -133,6 +133,7 @@ def with_server(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", prefect_api)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_server")
 def test_yes_approves_on_the_command_line(config: Path, simulator: Simulator) -> None:
     done = embed_once("reindex", "birds.yaml", "--yes", cwd=config.parent)

@@ -215,6 +215,7 @@ def folds(one: Run, text: str, batch: int) -> None:
     fold(one.folder, one.cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [dies, lets_go, folds])
 def test_no_answer_is_missed_that_moves_on_while_it_is_looked_for(
     run: Callable[..., Run], step: Step
@@ -433,6 +434,7 @@ def test_a_long_wait_for_another_run_is_told_once_and_is_no_outage(
     assert told == ["texts that another run is embedding: 1"]
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=8, deadline=None)
 def test_runs_that_embed_the_same_in_any_order_pay_for_each_text_once(

@@ -85,6 +85,7 @@ def test_a_run_prints_a_summary_and_is_otherwise_quiet_in_a_pipe(home: Path) -> 
     assert (home / "first.err").read_text(encoding="utf-8") == ""
 
 
+@pytest.mark.slow
 def test_a_run_does_not_load_what_it_never_uses(home: Path) -> None:
     code = "import sys; from flows.cli import app\n"
     code += "app(['reindex', 'birds.yaml'], standalone_mode=False)\n"
@@ -100,6 +101,7 @@ def test_what_prefect_logs_goes_to_a_file(home: Path) -> None:
     assert "Finished in state Completed()" in logs[0].read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_report_named_like_a_page_is_one(home: Path) -> None:
     another = ["--set", "index.table=page", "--set", "limits.texts_per_request=1"]
     another += ["--set", "state.uri=./page"]  # where nothing is known yet
@@ -402,6 +404,7 @@ def test_a_plan_that_a_reindex_would_refuse_is_exit_code_2(home: Path, tmp_path:
     assert re.search(r"deleted +3", planned.stdout)
 
 
+@pytest.mark.slow
 def test_what_nobody_foresaw_is_said_in_a_line_with_the_rest_in_a_file(
     home: Path, tmp_path: Path
 ) -> None:

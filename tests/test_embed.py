@@ -288,6 +288,7 @@ def test_a_text_that_is_longer_than_any_call_is_refused(embed: Embed, folder: Ru
 # Refused texts
 
 
+@pytest.mark.slow
 @given(st.data(), st.integers(1, 60), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_bad_texts_are_found_and_all_others_embedded(  # noqa: PLR0917

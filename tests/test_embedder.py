@@ -449,6 +449,7 @@ def test_two_threads_that_want_a_text_at_once_pay_for_it_once(
     assert sum(each.api_calls for each in found) == 1
 
 
+@pytest.mark.slow
 def test_one_that_gives_up_does_not_take_the_texts_of_another_along(
     values: Values, simulator: Simulator
 ) -> None:

@@ -213,6 +213,7 @@ def test_each_stage_is_a_task_of_the_flow_run(home: Path) -> None:
     assert names >= wanted
 
 
+@pytest.mark.slow
 def test_a_run_emits_one_event_with_its_counts(home: Path) -> None:
     report = reindexed(home)
     name = {"event": {"name": ["embedding.batch_generated"]}}
@@ -283,6 +284,7 @@ def test_another_run_on_the_same_index_is_refused_by_name(home: Path) -> None:
         reindexed(home)
 
 
+@pytest.mark.slow
 def test_another_splitter_version_needs_a_word(home: Path) -> None:
     reindexed(home)
     table = open_index(config_of(home).index)
@@ -308,6 +310,7 @@ def test_a_plan_agrees_with_the_run_that_follows_and_leaves_no_trace(home: Path)
     assert planned.texts == report.texts
 
 
+@pytest.mark.slow
 def test_the_smoke_flow_passes(tmp_path: Path) -> None:
     assert len(smoke()) == 6
 
@@ -431,6 +434,7 @@ class DiskFails(Scripted):
         return super().embed(texts)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_ends_the_run_and_what_was_in_flight_is_kept(
     home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -569,6 +573,7 @@ def test_no_more_calls_are_in_flight_than_the_limit_says(home: Path) -> None:
     assert (len(seen), max(seen)) == (12, 2)
 
 
+@pytest.mark.slow
 def test_a_link_that_breaks_does_not_turn_into_a_deletion(home: Path) -> None:
     (home / "elsewhere").mkdir()
     (home / "elsewhere" / "eel.txt").write_text("eels evade everyone\n")

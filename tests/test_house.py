@@ -75,6 +75,7 @@ def test_a_flow_is_named_like_its_file() -> None:
         assert flow.fn.__module__ == f"flows.{flow.name}"
 
 
+@pytest.mark.slow
 def test_planning_does_not_import_prefect() -> None:
     code = "import sys, tasks.plan, tasks.repair, tasks.search, tasks.history; "
     code += "sys.exit('prefect' in sys.modules)"

@@ -170,6 +170,7 @@ def test_a_text_that_comes_twice_at_once_is_kept_once(cache: Cache, paid: Paid) 
     assert len(cache) == 3
 
 
+@pytest.mark.slow
 def test_runs_that_remember_the_same_at_once_keep_it_once(
     tmp_path: Path, lexical: Lexical, paid: Paid
 ) -> None:

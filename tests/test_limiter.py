@@ -338,6 +338,7 @@ HIDDEN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sliding", "fixed"])
 @pytest.mark.parametrize("case", HIDDEN)
 def test_a_hidden_quota_is_found_and_seldom_passed(
@@ -674,6 +675,7 @@ def test_smaller_calls_do_not_look_like_a_slower_provider() -> None:
     assert slots.limit == 16
 
 
+@pytest.mark.slow
 def test_too_many_streams_are_remembered() -> None:
     outcome = simulate(limits(None, None, 16), 1000, minutes=10, tokens=10**9, streams=5)
     assert outcome.server.most_in_flight <= 7

@@ -50,6 +50,7 @@ def test_the_flow_returns_and_shows_what_was_done(library: Any, prefect_api: str
     assert library.texts() == numbered(20, "text3")
 
 
+@pytest.mark.slow
 def test_maintenance_makes_no_generation(library: Any) -> None:
     texts = numbered(50)
     for number in range(10):
@@ -98,6 +99,7 @@ def recorded(library: Any) -> None:
     rollback(library.config)
 
 
+@pytest.mark.slow
 def test_only_what_no_kept_generation_of_any_index_uses_is_forgotten(
     library: Any, lexical: Lexical, library_class: Any
 ) -> None:

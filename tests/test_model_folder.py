@@ -204,6 +204,7 @@ def test_a_moved_folder_is_the_same_model(tmp_path: Path) -> None:
     assert (after.name, after.revision) == (before.name, before.revision)
 
 
+@pytest.mark.slow
 def test_other_weights_of_the_same_length_are_another_model(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     large = random.Random(1).randbytes(20_000_000)
@@ -409,6 +410,7 @@ def test_without_the_extra_a_plan_works_and_a_run_says_what_to_install(
         open_embedder(config)
 
 
+@pytest.mark.slow
 def test_a_plan_loads_no_library_of_models(configured: Configure, model: Path) -> None:
     file = str(Path(configured(model).index.uri).parent / "local.yaml")
     script = (

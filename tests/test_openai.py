@@ -889,6 +889,7 @@ def test_bad_and_too_long_texts_are_quarantined_and_all_others_indexed(
     )
 
 
+@pytest.mark.slow
 def test_a_plan_needs_no_key_no_server_and_no_sdk(
     config: Callable[..., Config], tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def test_it_says_what_binds_and_what_the_next_tier_would_take(config: Path) -> N
     assert (slow.bound_by, slow.next_tier) == ("requests per minute", 0)
 
 
+@pytest.mark.slow
 def test_a_tier_with_twice_the_quota_takes_half_the_time(tmp_path: Path, config: Path) -> None:
     rows = [{"id": str(at), "text": f"{at} " + "sings " * 4000} for at in range(6000)]
     (tmp_path / "birds.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

@@ -291,6 +291,7 @@ def test_ids_of_any_characters_are_deleted_and_only_they(
 ids = st.text(min_size=1, max_size=4) | st.text("'\"\\;%\n", min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @given(st.sets(ids, min_size=2, max_size=6).map(sorted), st.data())
 @settings(max_examples=25, deadline=None)
 def test_any_ids_may_be_deleted_and_rewritten(
@@ -312,6 +313,7 @@ corpora = st.dictionaries(
 ).map(lambda found: [row(id_, *rest) for id_, rest in found.items()])
 
 
+@pytest.mark.slow
 @given(st.lists(corpora, min_size=2, max_size=4), st.sampled_from([0, 2 * 6 * 256, 10**9]))
 @settings(max_examples=25, deadline=None)
 def test_any_way_through_any_corpora_leaves_the_last_one(

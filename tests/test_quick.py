@@ -20,6 +20,7 @@ assert loaded() and client.__version__ and not hasattr(client, "no_such_name")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [

@@ -151,6 +151,7 @@ def test_a_plan_says_that_no_bill_has_taught_it(home: Home) -> None:
     assert "a first guess on the high side" in dict(plan_rows(first))["to embed"]
 
 
+@pytest.mark.slow
 def test_a_run_stops_at_its_budget_and_the_next_one_pays_for_the_rest(home: Home) -> None:
     home.write(words(200))
     planned = make_plan(load_config(home.config), Overrides())
@@ -189,6 +190,7 @@ def test_a_budget_below_a_single_text_spends_nothing_and_says_so(home: Home) -> 
     assert home.calls == 0
 
 
+@pytest.mark.slow
 def test_a_flow_run_that_is_retried_is_two_runs_in_the_ledger(home: Home) -> None:
     from prefect.client.orchestration import get_client  # noqa: PLC0415
     from prefect.flow_engine import run_flow  # noqa: PLC0415
@@ -211,6 +213,7 @@ def test_a_flow_run_that_is_retried_is_two_runs_in_the_ledger(home: Home) -> Non
     assert home.ledger_tokens == home.billed
 
 
+@pytest.mark.slow
 def test_a_plan_after_a_run_knows_how_long_tokens_are(home: Home) -> None:
     home.write(words(60))
     home.reindex()
@@ -222,6 +225,7 @@ def test_a_plan_after_a_run_knows_how_long_tokens_are(home: Home) -> None:
     assert plan.tokens == pytest.approx(home.billed - before, rel=0.03)
 
 
+@pytest.mark.slow
 def test_bad_texts_are_quarantined_and_all_others_indexed(home: Home) -> None:
     texts = words(100)
     for number in (3, 44, 45, 99):
@@ -252,6 +256,7 @@ def test_bad_texts_are_quarantined_and_all_others_indexed(home: Home) -> None:
     assert (later["last_seen"] > frame["last_seen"]).all()
 
 
+@pytest.mark.slow
 def test_a_quarantined_text_is_sent_again_when_it_changes_or_on_request(home: Home) -> None:
     texts = [*words(10), "POISON one", "POISON two"]
     home.write(texts)
@@ -285,6 +290,7 @@ def test_a_row_whose_new_text_is_refused_leaves_the_index(home: Home) -> None:
     assert home.index() == {id_: text for id_, text in by_id(texts).items() if id_ != "4"}
 
 
+@pytest.mark.slow
 def test_fail_fast_ends_the_run_and_leaves_the_index_as_it_was(home: Home) -> None:
     home.write(words(10))
     home.reindex()
@@ -301,6 +307,7 @@ def test_fail_fast_ends_the_run_and_leaves_the_index_as_it_was(home: Home) -> No
     assert len(quarantined(str(home.folder / "state"))) == 0
 
 
+@pytest.mark.slow
 def test_an_api_that_refuses_everything_for_a_while_blames_no_text(home: Home) -> None:
     home.write(words(200))
     home.reindex()
@@ -317,6 +324,7 @@ def test_an_api_that_refuses_everything_for_a_while_blames_no_text(home: Home) -
     assert len(home.index()) == 200
 
 
+@pytest.mark.slow
 def test_rows_do_not_leave_in_masses_because_their_texts_are_refused(home: Home) -> None:
     home.write(words(10))
     home.reindex()
@@ -411,6 +419,7 @@ def vectors(home: Home, table: str) -> dict[str, Any]:
     return {row["id"]: row["vector"] for row in opened.search().to_list()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("surprise", [0.5, 3.0])
 def test_a_wrong_estimate_costs_a_split_and_never_a_run(home: Home, surprise: float) -> None:
     home.simulator.change(surprise=surprise, models={"voyage-4": {"tokens_per_request": 400}})
@@ -425,6 +434,7 @@ def test_a_wrong_estimate_costs_a_split_and_never_a_run(home: Home, surprise: fl
     assert off.max() < 0.1
 
 
+@pytest.mark.slow
 def test_bits_are_indexed_and_found_by_hamming_distance(home: Home) -> None:
     home.simulator.change(vectors="words")
     home.write(["a wolf in the woods", "foxes at night", "cities and trains"])
@@ -444,6 +454,7 @@ def test_bits_are_indexed_and_found_by_hamming_distance(home: Home) -> None:
     assert home.reindex(*settings).published == "none"
 
 
+@pytest.mark.slow
 def test_progress_never_goes_back_and_ends_where_the_run_does(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,6 +509,7 @@ def test_progress_of_a_run_that_fails_stays_where_it_was(
     assert shown == sorted(set(shown))
 
 
+@pytest.mark.slow
 def test_a_prefect_server_that_is_stuck_holds_up_no_batch(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

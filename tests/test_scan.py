@@ -140,6 +140,7 @@ CORPORA = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(corpora=st.lists(CORPORA, min_size=2, max_size=4))
 def test_what_is_kept_is_what_a_scan_finds(

@@ -168,6 +168,7 @@ def test_without_a_server_that_others_use_nothing_is_shared(monkeypatch: Any) ->
         shared_window(provider())
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_named() -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: PLC0415
 

@@ -100,6 +100,7 @@ def first_uncovered(text: str, found: Sequence[Piece]) -> int | None:
     return covered.index(False) if False in covered else None
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(PATHS, DOCUMENTS, SPLITS)
 def test_every_character_is_in_a_chunk_at_its_place(path: str, text: str, split: Split) -> None:
@@ -210,6 +211,7 @@ def test_a_blank_document_has_no_chunks(text: str) -> None:
     assert pieces("a.txt", text) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "text"),
     [

@@ -429,6 +429,7 @@ def assert_plans_agree(home: Home) -> None:
     assert trusting == all_read
 
 
+@pytest.mark.slow
 def test_order_and_counts_are_the_same_whatever_is_known(home: Home) -> None:
     """Many documents, of which every third is touched, some without a text."""
     texts = {f"{at:03}.txt": f"Chapter {at}. " * (at % 40) for at in range(300)}

@@ -525,6 +525,7 @@ def test_a_key_that_a_json_row_lacks_is_null(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_json_key_that_comes_late_is_never_lost_silently(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     head = "".join(f'{{"id": {row}, "text": "t"}}\n' for row in range(20_000))

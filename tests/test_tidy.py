@@ -110,6 +110,7 @@ def watched(config: Config) -> Iterator[list[int]]:
         most[0] = max(most[0], on_disk(config))
 
 
+@pytest.mark.slow
 def test_daily_changes_never_take_more_than_twice_the_live_bytes(
     library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +287,7 @@ def test_no_run_starts_while_none_may(library: Any) -> None:
         assert alone
 
 
+@pytest.mark.slow
 def test_tidying_thoroughly_twice_does_nothing_the_second_time(
     library: Any, lexical: Lexical
 ) -> None:
@@ -310,6 +312,7 @@ def unsynced(folder: Path, synced: set[tuple[int, int]]) -> list[str]:
     return [str(each) for each, s in files.items() if (s.st_ino, s.st_mtime_ns) not in synced]
 
 
+@pytest.mark.slow
 def test_nothing_goes_before_what_stays_is_on_disk(
     library: Any, no_floor: None, call_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

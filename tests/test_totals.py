@@ -121,6 +121,7 @@ def texts(count: int, of: str = "bird") -> list[str]:
     return [f"The story of {of} number {number} and its house." for number in range(count)]
 
 
+@pytest.mark.slow
 def test_the_ledger_is_the_bill_whatever_failed(household: Household) -> None:
     birds, fish = household.config("birds"), household.config("fish", "voyage-4-lite")
     simulator = household.simulator
@@ -260,6 +261,7 @@ def test_a_run_that_was_cancelled_is_billed_as_the_ledger_says(
     household.check()
 
 
+@pytest.mark.slow
 def test_what_the_bill_has_more_are_answers_lost_on_their_way(household: Household) -> None:
     birds = household.config("birds")
     simulator = household.simulator

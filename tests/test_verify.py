@@ -279,6 +279,7 @@ HARMS: dict[str, Callable[[Place, list[str]], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "prepend"),
     [("table", ()), ("files", ()), ("table", ("lang",)), ("files", ("title",))],

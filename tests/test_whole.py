@@ -183,6 +183,7 @@ histories = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(histories)
 @settings(max_examples=15, deadline=None)
 def test_an_index_that_followed_equals_one_built_anew(
@@ -204,6 +205,7 @@ def test_an_index_that_followed_equals_one_built_anew(
     assert numbers == list(range(1, versions(here.config()) + 1))
 
 
+@pytest.mark.slow
 @given(histories, st.lists(st.integers(0, 2), min_size=4, max_size=4))
 @settings(max_examples=10, deadline=None)
 def test_runs_that_die_at_any_batch_pay_for_nothing_twice(
