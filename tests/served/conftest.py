@@ -129,6 +129,18 @@ class Served:
         return str(self(f"artifacts/{key}/latest", "GET")["data"])
 
     @staticmethod
+    def fill(page: Any, number: int, text: str) -> None:
+        """Fill a text field of a form, again where the page has drawn it anew meanwhile."""
+        page.get_by_text("Further settings").first.wait_for()  # the last of the form
+        field = page.locator("textarea").nth(number)
+        for _ in range(10):
+            field.fill(text)
+            page.wait_for_timeout(1000)
+            if field.input_value() == text:
+                return
+        raise AssertionError(page.inner_text("body"))
+
+    @staticmethod
     def submit(page: Any) -> None:
         """Send the form of a run; once more where SQLite was locked, and the page says "Oops"."""
         for _ in range(5):

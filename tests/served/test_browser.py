@@ -31,7 +31,7 @@ def test_a_newcomer_fills_the_form_and_starts_a_run(
     labels = page.inner_text("body")
     order = ["Narrower source path", "Maximum price", "Approval threshold", "Further settings"]
     assert sorted(order, key=labels.index) == order
-    page.locator("textarea").first.fill(str(birds.config))
+    served.fill(page, 0, str(birds.config))
     served.submit(page)
     # What is published stands there a moment before the run is in the ledger.
     (told,) = served.wait_for(lambda: [run for run in birds.runs() if run["state"] != "no record"])

@@ -140,10 +140,9 @@ def test_a_newcomer_starts_a_run_in_the_browser_and_reads_its_report(up: Any, pa
     page.get_by_role("link", name="ad-hoc").first.click()
     page.get_by_role("button", name="Run", exact=True).first.click()
     page.get_by_text("Custom run").first.click()
-    page.get_by_text("Path of the YAML file that describes the corpus").first.wait_for()
-    page.get_by_label("Narrower source path").or_(page.locator("textarea").nth(1)).first.fill(
-        "README.md"
-    )
+    for told in ("Path of the YAML file that describes", "Look only at this file or folder"):
+        page.get_by_text(told).first.wait_for()
+    up.fill(page, 1, "README.md")
     up.submit(page)
 
     def started() -> Any:
