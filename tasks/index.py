@@ -213,9 +213,7 @@ def committing(index: Index, version: int) -> Iterator[None]:
     try:
         with durable(index.uri, index.table):
             yield
-    except LockLost:  # by now the note may be another run's
-        raise
-    except StorageFailed:  # the commit may have been made
+    except (LockLost, StorageFailed):  # the note may be another run's, or the commit made
         raise
     except EmbedOnceError:  # the commit was undone
         storage.delete([note])

@@ -147,7 +147,7 @@ def survey(
     may_wait = config.embedding.lane != "realtime"
     # In the order in which answers go: one that moves on in between is seen twice. Of the
     # realtime lane only what this index waits for from an earlier choice is waited for.
-    in_lane = jobs.waiting(None if may_wait else config.index.place)
+    in_lane = jobs.waiting(None if may_wait else config.index.place) if facts.batch_lane else NONE
     unfolded = unfolded_hashes(config.state.uri, identity.space)
     cache = Cache(config.state.uri, identity.space)
     quarantine = Quarantine(config.state.uri, identity.space.id)
