@@ -117,7 +117,8 @@ class Harvest:
                     for row in self._jobs.rows(file):
                         self._take(row)
             calls = self._folder.calls()
-            fold(self._folder, self._cache)
+            fold(self._folder, self._cache, self._unfolded)
+            fold(self._folder, self._cache)  # and what a run that died left there
             Ledger(self._cache.state_uri).record_calls(calls)
             self._folder.forget_notes()
         self._require_whole()
