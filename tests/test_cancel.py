@@ -303,6 +303,18 @@ def test_an_answer_that_does_not_come_holds_nobody_longer_than_prefect_allows(ho
     assert home.billed_again <= 1
 
 
+def impatiently(process: "subprocess.Popen[str]") -> str:
+    """What a process says that hears Ctrl-C each second until it is gone.
+
+    Signals that come while Python is busy are heard as one, so that two may be too few.
+    """
+    while True:
+        try:
+            return process.communicate(timeout=1)[1]
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+
+
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_and_loses_nothing(home: Home) -> None:
     process = home.start()
@@ -310,11 +322,9 @@ def test_a_second_ctrl_c_ends_at_once_and_loses_nothing(home: Home) -> None:
     home.simulator.change(latency=Latency(base_s=60))
     calls = home.calls
     wait_for(lambda: home.calls >= calls + 2)
-    process.send_signal(signal.SIGINT)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
     pressed = time.monotonic()
-    said = process.communicate(timeout=120)[1]
+    process.send_signal(signal.SIGINT)
+    said = impatiently(process)
     assert said == "embed-once: ended at once; what was paid for is kept, run again.\n"
     assert process.returncode == 130
     assert time.monotonic() - pressed < 15  # the first one alone waits for 20 s
