@@ -66,7 +66,7 @@ def reindex(  # noqa: PLR0917 - an argument an option
     ] = None,
 ) -> None:
     """Bring the index in step with the corpus: plan, embed, publish, report."""
-    from tasks.quick import import_lancedb  # noqa: PLC0415
+    from tasks.quick import import_lancedb, nothing_collected  # noqa: PLC0415
 
     import_lancedb()
     from tasks.form import UNASKED, Overrides, configured  # noqa: PLC0415
@@ -89,8 +89,9 @@ def reindex(  # noqa: PLR0917 - an argument an option
 
         overrides = approved(loaded, overrides)
     with prefect_log(local_folder(loaded.state.uri, "logs"), "reindex") as console, bar_on(console):
-        have_server(lambda: importlib.import_module("flows.reindex"))
-        from flows.reindex import run  # noqa: PLC0415
+        with nothing_collected():
+            have_server(lambda: importlib.import_module("flows.reindex"))
+            from flows.reindex import run  # noqa: PLC0415
 
         try:
             done = run(config, overrides)

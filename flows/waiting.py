@@ -3,7 +3,7 @@
 A run takes in what has come, submits what is missing, and ends; the next one goes on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +64,10 @@ class BatchLane:
             return True
         return behind_s is not None and behind_s >= embedding.lane_deadline
 
-    def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
-        """Estimated tokens of each of `texts`."""
-        return self.provider.estimate.counts(texts)
+    def counts(self, texts: pa.Array) -> npt.NDArray[np.int32]:
+        """Estimated tokens of each of `texts`, utf8."""
+        estimate = self.provider.estimate
+        return estimate.of_sizes(estimate.sizes(texts))
 
     def request_limits(self) -> Limits:
         """What one line of a job takes, as one call does."""

@@ -33,6 +33,7 @@ from tasks.lance import (
 )
 from tasks.providers import Space
 from tasks.schemas import HASH, vectors_schema
+from tasks.soundness import numbers
 from tasks.storage import is_local
 
 SPACE = b"embed_once.space"
@@ -130,7 +131,7 @@ class Cache:
             return pa.array([], self.space.vector_type)
         found = self.take(self._entries.rows(hashes))
         place = KeySet(found.column("text_hash")).positions(hashes)
-        return found.column("vector").combine_chunks().take(pa.array(place))
+        return _at(found.column("vector"), place)
 
     def take(self, row_ids: npt.NDArray[np.uint64]) -> pa.Table:
         """text_hash, vector and _rowid of the entries in these rows of the table, each once."""
@@ -195,10 +196,7 @@ class Cache:
         # What is all new, as it mostly is, is not copied.
         if len(first := first_of_each(new.column("text_hash"))) < new.num_rows:
             new = new.take(pa.array(first))
-        self.refresh()
-        with writing(self._told):
-            if self._table is None or REMEMBERED_AT.name not in self._table.schema.names:
-                self._table = make_table(self._uri, self.name, self._schema())
+        table = self._made()
         with table_lock(self._uri, self.name, "remembering vectors"):
             self.refresh()  # from here on nobody else adds any
             if (held := self.holds(new.column("text_hash"))).any():
@@ -209,9 +207,18 @@ class Cache:
             new = new.append_column(REMEMBERED_AT, pa.repeat(now, new.num_rows))
             with writing(self._told):
                 # A merge would need no lock, but twice the time and some times the memory.
-                self._table.add(new)
-        self.refresh()
+                table.add(new)
+        with self._refreshing:
+            self._looked = False  # who asks next reads what came
         return int(new.num_rows)
+
+    def _made(self) -> Table:
+        """The table to write to; made, or given its newer column, where it is not yet."""
+        table = self._opened
+        with writing(self._told):
+            if table is None or REMEMBERED_AT.name not in table.schema.names:
+                table = self._table = make_table(self._uri, self.name, self._schema())
+        return table
 
     def sync(self, since: float) -> None:
         """Have what anybody has remembered since then on disk before this returns.
@@ -222,7 +229,7 @@ class Cache:
         Raises:
             EmbedOnceError: It could not be synced.
         """
-        if self._opened is not None:
+        if self._table is not None or self._opened is not None:
             with writing(self._told):
                 sync_table(self._uri, self.name, since)
 
@@ -294,6 +301,18 @@ class Cache:
             [text_hash.with_metadata(PRIMARY_KEY), vector, REMEMBERED_AT],
             metadata={SPACE: self.space.to_json().encode()},
         )
+
+
+def _at(vectors: pa.ChunkedArray, places: npt.NDArray[np.int64]) -> pa.FixedSizeListArray:
+    """The vectors at `places`, copied once; Arrow's `take` takes three times as long."""
+    kind = vectors.type
+    found = np.empty((len(places), kind.list_size), kind.value_type.to_pandas_dtype())
+    start = 0
+    for chunk in vectors.chunks:
+        here = (places >= start) & (places < start + len(chunk))
+        found[here] = numbers(chunk)[places[here] - start]
+        start += len(chunk)
+    return pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), type=kind)
 
 
 def caches(state_uri: str) -> list[Cache]:

@@ -5,7 +5,7 @@ and writes down the rows that the index will gain. A document that changed again
 first pass keeps its old rows: the next run sees it as it is then.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -65,8 +65,8 @@ class Filled:
 class KnownSizes(Protocol):
     """What is known by now of the sizes of texts and of calls."""
 
-    def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
-        """Estimated tokens of each of `texts`."""
+    def counts(self, texts: pa.Array) -> npt.NDArray[np.int32]:
+        """Estimated tokens of each of `texts`, utf8."""
 
     def request_limits(self) -> Limits:
         """What one call takes, with a margin for estimates."""
@@ -249,7 +249,7 @@ class Filling:
             fits[fits] &= ~self._seen[at[fits]]
             self._seen[at[fits]] = True
             if fits.any():
-                yield rows.filter(pa.array(fits))
+                yield rows if fits.all() else rows.filter(pa.array(fits))
 
     def _missing_texts(self, rows: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
         """The texts among `rows` that nobody has paid for, with the batch each run goes in."""
@@ -261,9 +261,9 @@ class Filling:
         if not len(take):
             return
         self._sent[at[take]] = True
-        missing = rows.take(pa.array(take))
+        missing = rows if len(take) == len(at) else rows.take(pa.array(take))
         texts = self._reader.preparation.texts(missing)
-        tokens = self._sizes.counts(texts.to_pylist())
+        tokens = self._sizes.counts(texts)
         self._packer.limits = self._sizes.request_limits()
         numbers = np.array([self._packer.place(int(count)) for count in tokens])
         table = pa.record_batch(
@@ -284,7 +284,8 @@ def _standing_at(
         here = places[done : done + batch.num_rows]
         done += batch.num_rows
         if here.any():
-            yield batch.slice(0, len(here)).filter(pa.array(here))
+            known = batch.slice(0, len(here))
+            yield known if here.all() else known.filter(pa.array(here))
 
 
 def _told(

@@ -117,8 +117,8 @@ class Flights:
     def take_off(self, texts: Mapping[bytes, str]) -> TakenOff:
         """See that each of these texts, given by its hash, is on its way once."""
         hashes = hash_column(list(texts))
-        counts = self.sender.counts(list(texts.values()))
-        columns = [hashes, pa.array(texts.values(), pa.utf8()), pa.array(counts, pa.int32())]
+        column = pa.array(texts.values(), pa.utf8())
+        columns = [hashes, column, pa.array(self.sender.counts(column), pa.int32())]
         rows = pa.Table.from_arrays(columns, schema=BATCH)
         flights: dict[Flight, list[bytes]] = {}
         with self._lock:  # a text moves on from flying to landed to cached, and overlaps

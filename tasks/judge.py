@@ -195,7 +195,7 @@ def _paid(texts: pa.Table, asking: Asking, folder: RunFolder) -> pa.Table:
     )
     try:
         sender = sender_of(terms)
-        counts = sender.counts(texts.column("text").to_pylist())
+        counts = sender.counts(texts.column("text").combine_chunks())
         rows = texts.append_column("tokens", pa.array(counts, pa.int32())).cast(BATCH)
         for number, part in enumerate(cut(rows, sender.request_limits()), 1):
             batch = Batch.write(number, folder.staging, part.to_batches())

@@ -3,7 +3,7 @@
 A row in the corpus is written from there, one that could not be read from the index itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,8 +213,9 @@ class _Estimated:
 
     provider: Provider
 
-    def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
-        return self.provider.estimate.counts(texts)
+    def counts(self, texts: pa.Array) -> npt.NDArray[np.int32]:
+        estimate = self.provider.estimate
+        return estimate.of_sizes(estimate.sizes(texts))
 
     def request_limits(self) -> Limits:
         return self.provider.limits

@@ -34,13 +34,13 @@ from tasks.schemas import DELETIONS, HASH, TableRef, metadata_fields, rows_schem
 from tasks.stage import stage
 from tasks.tidy import cover, make_room, tidy, unharmed
 
-MERGE_BYTES = 192 * 2**20
-"""Most bytes of changed rows that are merged; beyond, the table is written anew.
+MERGE_BYTES = 128 * 2**20
+"""Most bytes of changed rows, with vectors, that are merged; beyond, the table is written anew.
 
-A merge holds about six times the bytes of the vectors it is given (100k rows of 1024
-floats: 745 MB), an overwrite streams (465 MB, flat). With less memory for the run it is less.
+A merge holds them some times over (100k rows of 1024 floats: 745 MB; 300k of 64 floats with texts
+of 800 characters: 500 MB), an overwrite streams (465 MB, flat). With less memory for the run it is
+less.
 """
-MERGE_BYTES_PER_FLOAT = 6
 MERGE_DELETIONS = 50_000
 """Most ids in one delete predicate; 50,000 took 1.8 s."""
 
@@ -102,7 +102,7 @@ def publish(
     table = open_index(index)
     schema = identity.schema(_in_order_of(table, metadata))
     gone = deletions.load(DELETIONS).column("id")
-    way = _way(table, schema, rows.rows, updates, len(gone), sizes=sizes)
+    way = _way(table, schema, staged, updates, len(gone), sizes=sizes)
     if anew and table is not None:
         way = "overwrite"
     if way == "none":
@@ -178,12 +178,13 @@ def _nothing_new(table: Table | None) -> Published:
 def _way(
     table: Table | None,
     schema: pa.Schema,
-    rows: int,
+    staged: pa.Table,
     updates: int,
     deletions: int,
     *,
     sizes: Sizes,
 ) -> Way:
+    rows = staged.num_rows
     if table is None:
         return "create" if rows else "none"
     if not table.schema.equals(schema, check_metadata=True):
@@ -193,11 +194,9 @@ def _way(
     if not updates and not deletions:
         return "add"
     vector = schema.field("vector").type
-    dimension = vector.list_size
-    joined = 0
-    if rows and deletions:
-        joined = _bytes(table, dimension * vector.value_type.bit_width // 8)
-    heavy = rows * dimension * MERGE_BYTES_PER_FLOAT > sizes.share * MERGE_BYTES
+    vector_bytes = vector.list_size * vector.value_type.bit_width // 8
+    joined = _bytes(table, vector_bytes) if rows and deletions else 0
+    heavy = rows * vector_bytes + staged.nbytes > sizes.share * MERGE_BYTES
     if heavy or deletions > MERGE_DELETIONS or joined > sizes.joined:
         return "overwrite"
     return "merge"

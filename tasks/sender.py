@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -118,9 +118,9 @@ class Sender:
             tell=tell_waiting,
         )
 
-    def counts(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
-        """Tokens of each of `texts`, by what is known by now."""
-        return self._estimate().counts(texts)
+    def counts(self, texts: pa.Array) -> npt.NDArray[np.int32]:
+        """Tokens of each of `texts`, utf8, by what is known by now."""
+        return self._estimate().of_sizes(self.sizes(texts))
 
     def sizes(self, texts: pa.Array) -> npt.NDArray[np.int32]:
         """What the tokens of each of `texts` follow from, whatever is learned."""

@@ -59,8 +59,8 @@ class Sizes:
     lexical: Lexical
     limits: Limits
 
-    def counts(self, texts: Sequence[str]) -> Any:
-        return self.lexical.counts(texts)
+    def counts(self, texts: pa.Array) -> Any:
+        return self.lexical.counts(texts.to_pylist())
 
     def request_limits(self) -> Limits:
         return self.limits

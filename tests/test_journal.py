@@ -276,10 +276,11 @@ def test_what_a_cache_knows_already_is_not_read_again(
     monkeypatch.setattr("tasks.key_rows.LEVEL_KEYS", 1)  # no two lots are merged
     cache = Cache(str(tmp_path), lexical.space)
     cache.remember([paid("alpha", "beta")])
+    assert len(cache) == 2
     (first,) = cache._entries._levels  # noqa: SLF001 - what was read is not seen otherwise
     cache.remember([paid("gamma")])
-    assert cache._entries._levels[0] is first  # noqa: SLF001
     assert len(cache) == 3
+    assert cache._entries._levels[0] is first  # noqa: SLF001
 
 
 def test_each_space_has_a_cache_of_its_own(

@@ -206,8 +206,11 @@ def test_the_size_of_what_changed_decides_between_merge_and_overwrite(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shelf.publish(A, B, C)
-    bytes_a_row = tasks.publish.MERGE_BYTES_PER_FLOAT * shelf.provider.dimension
-    monkeypatch.setattr(tasks.publish, "MERGE_BYTES", 2 * bytes_a_row)
+    vector_bytes = 4 * shelf.provider.dimension
+    monkeypatch.setattr(tasks.publish, "MERGE_BYTES", 3 * vector_bytes)  # with their texts
+    assert shelf.publish(row("a", "one"), row("b", "two")).way == "merge"
+    long = row("b", "a text that is long " * 100)
+    assert shelf.publish(row("a", "six"), long).way == "overwrite"
     assert shelf.publish(row("a", "one"), row("b", "two")).way == "merge"
     assert shelf.publish(row("a", "six"), row("b", "ten"), row("c", "red")).way == "overwrite"
     shelf.holds(row("a", "six"), row("b", "ten"), row("c", "red"))
@@ -314,7 +317,7 @@ corpora = st.dictionaries(
 
 
 @pytest.mark.slow
-@given(st.lists(corpora, min_size=2, max_size=4), st.sampled_from([0, 2 * 6 * 256, 10**9]))
+@given(st.lists(corpora, min_size=2, max_size=4), st.sampled_from([0, 3 * 4 * 256, 10**9]))
 @settings(max_examples=25, deadline=None)
 def test_any_way_through_any_corpora_leaves_the_last_one(
     shelves: Callable[[], Shelf], states: list[list[Row]], merge_bytes: int

@@ -34,7 +34,7 @@ def texts(count: int) -> list[str]:
 
 
 def tokens_of(sender: Sender, some: list[str]) -> int:
-    return int(sender.counts(some).sum())
+    return int(sender.counts(pa.array(some, pa.utf8())).sum())
 
 
 def prior(some: list[str]) -> int:
