@@ -22,7 +22,7 @@ from prefect import flow
 from prefect.settings import PREFECT_API_URL
 
 import flows.reindex
-from flows.embedding import embed_all
+from flows.embedding import FOLDS_AHEAD, embed_all
 from flows.plan import plan
 from flows.reindex import reindex, run, run_frame
 from flows.smoke import smoke
@@ -44,6 +44,7 @@ from tasks.journal import RunFolder, fold
 from tasks.keys import hash_column, text_hash
 from tasks.ledger import Ledger
 from tasks.limits import Learned, Limits
+from tasks.memory import sizes_for
 from tasks.notes import Call
 from tasks.params import Config, load_config
 from tasks.plan import make_plan
@@ -509,6 +510,37 @@ def test_folding_twice_is_folding_once(home: Path) -> None:
     cache = Cache(str(home / "state"), Lexical(64, TWO_TEXTS).space)
     folder = RunFolder(str(home / "state"), "none")
     assert (fold(folder, cache), len(cache)) == (0, 4)
+
+
+@pytest.mark.slow
+def test_what_comes_in_while_answers_are_folded_is_folded_together(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, vector_bytes, limit = 4000, 4 * 1024, 640
+    settings = (
+        "embedding.dimension=1024",
+        "limits.texts_per_request=50",
+        f"limits.memory_mb={limit}",
+        "source={kind: table, path: frame.arrow}",
+    )
+    frame = pd.DataFrame(
+        {"id": map(str, range(count)), "text": [f"{n} ants" for n in range(count)]}
+    )
+    folds, remember = list[int](), Cache.remember
+
+    def slowly(cache: Cache, answers: Any) -> int:
+        tables = list(answers)
+        if tables:
+            folds.append(sum(table.num_rows for table in tables))
+            time.sleep(1)
+        return remember(cache, tables)
+
+    monkeypatch.setattr(Cache, "remember", slowly)
+    done = run_frame(str(home / "notes.yaml"), frame, Overrides(settings=list(settings)))
+    a_fold = sizes_for(limit, count).folded / vector_bytes
+    assert sum(folds) == done.texts.embedded == count
+    assert len(folds) < 0.7 * count / a_fold
+    assert max(folds) <= FOLDS_AHEAD * a_fold + 50  # a call's texts come at once
 
 
 def test_what_another_living_run_has_paid_for_is_not_paid_for_again(home: Path) -> None:

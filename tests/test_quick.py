@@ -1,9 +1,12 @@
 """LanceDB's REST client is imported by who uses it, and then it is whole."""
 
+import gc
 import subprocess
 import sys
 
 import pytest
+
+from tasks.quick import nothing_collected
 
 START = """
 import sys
@@ -39,3 +42,14 @@ def test_the_rest_client_of_lancedb_is_imported_when_it_is_used(first: str) -> N
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_garbage_is_looked_for_again_once_all_is_imported() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with nothing_collected():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
