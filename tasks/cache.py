@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lancedb.table import Table
 
-from tasks.errors import EmbedOnceError
+from tasks.errors import EmbedOnceError, IndexHeld
 from tasks.key_rows import KeyRows
 from tasks.keys import KeySet, first_of_each
 from tasks.lance import (
@@ -124,14 +124,19 @@ class Cache:
         """The vector of each text_hash, in their order, of the space's `vector_type`.
 
         Raises:
-            EmbedOnceError: One of them is not here.
+            EmbedOnceError: One of them is not here, or (`IndexHeld`) left meanwhile.
         """
         self.require(hashes)
         if not len(hashes):
             return pa.array([], self.space.vector_type)
         found = self.take(self._entries.rows(hashes))
-        place = KeySet(found.column("text_hash")).positions(hashes)
-        return _at(found.column("vector"), place)
+        places = KeySet(found.column("text_hash")).positions(hashes)
+        if (places < 0).any():
+            raise IndexHeld(
+                f"{int(np.sum(places < 0))} vectors left {self._told} while they were read, say by "
+                "a repair. Run again."
+            )
+        return _at(found.column("vector"), places)
 
     def take(self, row_ids: npt.NDArray[np.uint64]) -> pa.Table:
         """text_hash, vector and _rowid of the entries in these rows of the table, each once."""
@@ -304,7 +309,7 @@ class Cache:
 
 
 def _at(vectors: pa.ChunkedArray, places: npt.NDArray[np.int64]) -> pa.FixedSizeListArray:
-    """The vectors at `places`, copied once; Arrow's `take` takes three times as long."""
+    """The vectors at `places`, each of them there; Arrow's `take` takes three times as long."""
     kind = vectors.type
     found = np.empty((len(places), kind.list_size), kind.value_type.to_pandas_dtype())
     start = 0

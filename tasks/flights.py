@@ -291,6 +291,7 @@ class Flights:
             with self._lock:
                 answers, folded = list(self._unfolded), list(self.landed)
             fold(self._terms.folder, self._cache, answers)
+            self._cache.refresh()  # not by who asks next, which is under the lock
             with self._lock:
                 del self._unfolded[: len(answers)]
                 for each in folded:

@@ -62,7 +62,7 @@ class Sizes:
 
     @property
     def folded(self) -> int:
-        """Vectors that go into the cache in one commit, while as many more come in."""
+        """Vectors that go into the cache in one commit, three times as many if it lags behind."""
         return int(self.share * 12 * MIB)
 
     @property

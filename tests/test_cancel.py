@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -304,15 +304,16 @@ def test_an_answer_that_does_not_come_holds_nobody_longer_than_prefect_allows(ho
 
 
 def impatiently(process: "subprocess.Popen[str]") -> str:
-    """What a process says that hears Ctrl-C each second until it is gone.
+    """What a process says that hears Ctrl-C a second time; a third and fourth if it must be.
 
     Signals that come while Python is busy are heard as one, so that two may be too few.
     """
-    while True:
-        try:
-            return process.communicate(timeout=1)[1]
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
+    for _ in range(3):
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=2)[1]
+    return process.communicate(timeout=120)[1]
 
 
 @pytest.mark.slow

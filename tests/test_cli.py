@@ -1,5 +1,6 @@
 """The command, as a user meets it: a process with stdout, stderr and an exit code."""
 
+import gc
 import json
 import os
 import re
@@ -245,6 +246,7 @@ def test_a_users_mistake_is_said_in_words_and_touches_nothing(  # noqa: PLR0917
     monkeypatch.setattr(sys, "argv", ["embed-once", *arguments])
     with pytest.raises(SystemExit) as ended:  # in this process, as its imports take seconds
         main()
+    gc.unfreeze()
     said = capfd.readouterr()
     assert ended.value.code == code, said.err
     assert re.search(message, said.err)

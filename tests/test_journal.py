@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.cache import Cache
-from tasks.errors import EmbedOnceError
+from tasks.errors import EmbedOnceError, IndexHeld
 from tasks.journal import (
     RunFolder,
     StoredAnswer,
@@ -250,6 +250,7 @@ def test_vectors_survive_that_the_cache_is_compacted(
     cache = Cache(str(tmp_path), lexical.space)
     for word in WORDS:
         cache.remember([paid(word)])
+    assert len(cache) == len(WORDS)  # read, and then no longer where it was
     lancedb.connect(str(tmp_path)).open_table(cache.name).optimize()
     assert vectors_in(cache, *WORDS[::-1]) == expected(lexical, *WORDS[::-1])
     cache.refresh()
@@ -261,6 +262,7 @@ def test_a_cache_that_was_read_forgets_what_another_one_drops(
     tmp_path: Path, cache: Cache, paid: Paid, lexical: Lexical
 ) -> None:
     cache.remember([paid(*WORDS)])
+    assert len(cache) == len(WORDS)
     table = lancedb.connect(str(tmp_path)).open_table(cache.name)
     table.delete(f"text_hash = X'{text_hash('alpha').hex()}'")
     Cache(str(tmp_path), lexical.space).remember([paid("delta", "epsilon")])
@@ -268,6 +270,19 @@ def test_a_cache_that_was_read_forgets_what_another_one_drops(
     held = cache.holds(hashes("alpha", "beta", "gamma", "delta", "epsilon"))
     assert held.tolist() == [False, True, True, True, True]
     assert len(cache) == 4
+
+
+def test_a_vector_that_leaves_while_it_is_read_is_an_error(
+    tmp_path: Path, cache: Cache, paid: Paid
+) -> None:
+    cache.remember([paid(*WORDS)])
+    assert len(cache) == len(WORDS)
+    table = lancedb.connect(str(tmp_path)).open_table(cache.name)
+    table.delete(f"text_hash = X'{text_hash('alpha').hex()}'")
+    assert cache._table is not None  # noqa: SLF001
+    cache._table.checkout_latest()  # type: ignore[no-untyped-call]  # noqa: SLF001 - as a thread does
+    with pytest.raises(IndexHeld, match="1 vectors left the cache"):
+        cache.vectors(hashes("beta", "alpha"))
 
 
 def test_what_a_cache_knows_already_is_not_read_again(
