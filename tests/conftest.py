@@ -38,6 +38,7 @@ from tasks.recover import Recovered, recover
 from tasks.run import keep_found, keep_scanned, publish_found
 from tasks.schemas import BATCH, CHUNKS, TableRef, vectors_schema
 from tasks.sender import Terms, forget_sender, sender_of
+from tasks.simulator import Latency, Simulator
 from tasks.survey import Survey, require_safe, survey
 
 ANY = Limits(
@@ -233,6 +234,23 @@ def python() -> list[str]:
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv({0}, {1})"
     )
     return [sys.executable, "-c", code.format("sys.executable", "[sys.executable, *sys.argv[1:]]")]
+
+
+@pytest.fixture
+def slowed() -> Callable[[Simulator], int]:
+    """Has each call from now on take 8 s; returns how many have arrived once no slot is free."""
+
+    def slow(simulator: Simulator) -> int:
+        simulator.change(latency=Latency(base_s=8))
+        arrived, since = -1, time.monotonic()
+        while time.monotonic() - since < 1.5:  # longer than a call took before
+            now = simulator.ledger._arrivals  # noqa: SLF001 - the totals are of calls answered
+            if now != arrived:
+                arrived, since = now, time.monotonic()
+            time.sleep(0.02)
+        return arrived
+
+    return slow
 
 
 @pytest.fixture

@@ -339,8 +339,8 @@ def embedding(tmp_path: Path, ref: Ref) -> Iterator[Callable[..., Embedding]]:
 
 
 def soon(condition: Callable[[], bool]) -> bool:
-    """Whether it holds within ten seconds."""
-    end = time.monotonic() + 10
+    """Whether it holds within a minute."""
+    end = time.monotonic() + 60
     while not condition() and time.monotonic() < end:
         time.sleep(0.005)
     return condition()
@@ -470,7 +470,7 @@ def test_runs_that_embed_the_same_in_any_order_pay_for_each_text_once(
                 running.append((part, one.start(*part)))
             for at, (part, future) in enumerate(running, 1):
                 one.batches, attempts = at, [future]
-                while isinstance(attempts[-1].exception(20), ProviderBusy):
+                while isinstance(attempts[-1].exception(120), ProviderBusy):
                     attempts.append(one.start(*part, attempt=len(attempts) + 1))
                 embedded = attempts[-1].result()
                 assert embedded.texts + len(embedded.found) == len(part)
@@ -555,10 +555,11 @@ def test_a_run_killed_between_any_two_steps_costs_what_was_in_flight_and_holds_u
         gate.open.set()
         one = embedding("one", gate)
         running = [one.start(*texts[start : start + 4]) for start in range(0, len(texts), 4)]
-        seen = [future.result(30) for future in running]
+        seen = [future.result(120) for future in running]
     finally:
         killed.kill()
-        assert killed.wait() == -signal.SIGKILL
+        # Where the other one is faster, it finds most paid for and takes fewer steps.
+        assert killed.wait() in ({-signal.SIGKILL} if steps < 15 else {-signal.SIGKILL, 0})
         killed.communicate()
     assert sum(each.texts + len(each.found) for each in seen) == len(texts)
     log = tmp_path / "billed"

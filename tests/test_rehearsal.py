@@ -461,7 +461,7 @@ def test_progress_never_goes_back_and_ends_where_the_run_does(
     texts = ["POISON", *words(200)]
     home.simulator.add(POISON)
     home.write(texts)
-    home.simulator.change(latency=Latency(base_s=0.2))
+    home.simulator.change(latency=Latency(base_s=0.5))
     shown, update = list[float](), update_progress_artifact
 
     def meanwhile(found: Survey, overrides: Overrides) -> None:

@@ -253,10 +253,12 @@ def test_a_run_that_was_cancelled_is_billed_as_the_ledger_says(
     deadline = time.monotonic() + 120
     while household.simulator.ledger.totals()["ok"] < 9 and time.monotonic() < deadline:
         time.sleep(0.01)
+    household.simulator.change(latency={"base_s": 5})  # it cannot end before it is told
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 130
     assert household.ledger.runs()["state"].tolist() == ["cancelled"]
     household.check()  # answers in flight were waited for
+    household.simulator.change(latency={"base_s": 0.3})
     assert household.reindex(birds, texts(300)).state == "completed"
     household.check()
 

@@ -675,7 +675,7 @@ def test_sessions_of_others_stay_theirs(
 def test_a_call_given_up_leaves_no_thread_behind(simulator: Simulator) -> None:
     simulator.add(Rule(action="trickle", piece_bytes=100, seconds=0.05))
     assert type(failed(voyage(simulator, deadline_s=0.3), sentences(9))) is ProviderBusy
-    ends = time.monotonic() + 2
+    ends = time.monotonic() + 30
     while any(thread.name == "voyage-call" for thread in threading.enumerate()):
         assert time.monotonic() < ends
         time.sleep(0.02)

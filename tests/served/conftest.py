@@ -146,7 +146,7 @@ class Served:
         for _ in range(5):
             page.get_by_role("button", name="Submit").click()
             with contextlib.suppress(Exception):
-                page.wait_for_url(lambda url: not url.endswith("/run"), timeout=60_000)
+                page.wait_for_url(lambda url: not url.endswith("/run"), timeout=120_000)
                 return
         raise AssertionError(page.inner_text("body"))
 
@@ -305,7 +305,7 @@ def chromium() -> Iterator[Any]:
 def page(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """A fresh page; what it shows at the end is kept in two pictures where SCREENSHOTS names."""
     opened = chromium.new_page(viewport={"width": 1400, "height": 1400})
-    opened.set_default_timeout(60_000)
+    opened.set_default_timeout(120_000)
     yield opened
     if folder := os.environ.get("SCREENSHOTS"):
         name = re.sub(r"\W+", "-", request.node.name).strip("-")

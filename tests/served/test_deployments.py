@@ -104,6 +104,7 @@ def test_the_smoke_deployment_passes(served: Any) -> None:
 def test_a_cancel_in_the_ui_keeps_what_is_paid_for(served: Any, birds: Any) -> None:
     run_id = served.begun("reindex/ad-hoc", config=str(birds.config))
     served.wait_for(lambda: birds.totals("ok") >= 12)
+    birds.simulator.change(latency=Latency(base_s=8))  # it cannot end before it is told
     process = birds.flow_process()
     served(f"flow_runs/{run_id}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
     served.wait_for(birds.runs)
@@ -276,12 +277,13 @@ def test_after_worker_and_run_are_killed_the_next_run_takes_up_their_answers(
     served: Any, birds: Any, doomed: "subprocess.Popen[bytes]"
 ) -> None:
     run_id = served.begun("reindex/doomed", config=str(birds.config))
-    served.wait_for(lambda: birds.totals("ok") >= 6)
+    runs = birds.config.parent / "state" / "runs"
+    served.wait_for(lambda: len(list(runs.glob("*/answers/*.arrow"))) >= 6)
     process = birds.flow_process()
     doomed.kill()
     os.kill(process, signal.SIGKILL)
     served.wait_for(lambda: birds.totals("calls") == birds.arrived)
-    answers = list((birds.config.parent / "state" / "runs").glob("*/answers/*.arrow"))
+    answers = list(runs.glob("*/answers/*.arrow"))
     birds.simulator.change(latency=Latency())
     # No wait for anything: the lock went with the process.
     assert served.ended("reindex/ad-hoc", config=str(birds.config))["state_name"] == "Completed"

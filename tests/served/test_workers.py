@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tasks.simulator import Latency, Rule, Settings, Simulator
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TEXTS, TEXTS_PER_REQUEST, CONCURRENCY = 240, 4, 6
+LATENCY = Latency(base_s=0.3)
 
 
 class Cluster:
@@ -48,6 +50,13 @@ class Cluster:
         self._scheduler = self._start(
             "dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"
         )
+        deadline = time.monotonic() + 120
+        while True:  # a run asks it for ten seconds only
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            assert self._scheduler.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         self.workers = [self.join(), self.join()]
 
     def join(self) -> "subprocess.Popen[bytes]":
@@ -127,7 +136,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
     monkeypatch.setenv("VOYAGE_API_KEY", "pa-any")
-    with Simulator(Settings(latency=Latency(base_s=0.3))) as started:
+    with Simulator(Settings(latency=LATENCY)) as started:
         yield started
 
 
@@ -225,8 +234,10 @@ def test_a_cancel_waits_for_what_workers_have_in_flight_and_no_longer_than_it_ma
     while ledger._arrivals < 24:  # noqa: SLF001 - the totals are of calls answered
         assert running.poll() is None, running.communicate()[1]
         time.sleep(0.05)
+    simulator.change(latency=Latency(base_s=3))  # it cannot end before it is told
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=200)[1]
+    simulator.change(latency=LATENCY)
     assert (running.returncode, said.splitlines()[-1]) == (
         130,
         "embed-once: cancelled; what was paid for is kept, run again.",
@@ -256,6 +267,7 @@ def test_a_scheduler_that_ends_ends_the_run_and_the_next_one_pays_for_the_rest(
     def kill() -> None:
         while simulator.ledger.totals()["ok"] < TEXTS / TEXTS_PER_REQUEST / 4:
             time.sleep(0.02)
+        simulator.change(latency=Latency(base_s=5))  # it cannot end before it is told
         doomed.end()
 
     killing = threading.Thread(target=kill, daemon=True)
@@ -263,6 +275,7 @@ def test_a_scheduler_that_ends_ends_the_run_and_the_next_one_pays_for_the_rest(
     with pytest.raises(EmbedOnceError, match=r"The scheduler of Dask is gone|gave the call up"):
         reindex(config, on(doomed))
     killing.join()
+    simulator.change(latency=LATENCY)
     reindex(config)
     totals = simulator.ledger.totals()
     assert totals["distinct_texts"] == TEXTS
