@@ -21,7 +21,7 @@ from tasks.harvest import Settled
 from tasks.job_notes import JobNotes, Submission
 from tasks.jobs import settle, settle_at_once, submit
 from tasks.journal import RunFolder
-from tasks.limits import Limits
+from tasks.limits import Limits, tokens_of
 from tasks.params import Config
 from tasks.providers.opening import open_provider
 from tasks.providers.voyage import Voyage
@@ -66,8 +66,7 @@ class BatchLane:
 
     def counts(self, texts: pa.Array) -> npt.NDArray[np.int32]:
         """Estimated tokens of each of `texts`, utf8."""
-        estimate = self.provider.estimate
-        return estimate.of_sizes(estimate.sizes(texts))
+        return tokens_of(self.provider.estimate, texts)
 
     def request_limits(self) -> Limits:
         """What one line of a job takes, as one call does."""

@@ -65,18 +65,14 @@ def digest_column(texts: pa.Array | pa.ChunkedArray) -> pa.Array:
     """The digest of each of `texts`, none of them null."""
     # As bytes they are hashed as they lie; as text each would be decoded and encoded first.
     lots = (texts.slice(start, AT_ONCE) for start in range(0, len(texts), AT_ONCE))
-    return _of_digests(b"".join(_joined(lot.cast(pa.binary()).to_pylist()) for lot in lots))
+    digests = [_digests(lot.cast(pa.binary()).to_pylist()) for lot in lots]
+    return pa.chunked_array(digests, HASH).combine_chunks()
 
 
-def _joined(data: Sequence[bytes]) -> bytes:
-    """`digest` of each, one behind the other: a call of it for each would take a quarter more."""
-    return b"".join([blake2b(each, digest_size=16).digest() for each in data])
-
-
-def _of_digests(joined: bytes) -> pa.Array:
-    return pa.FixedSizeBinaryArray.from_buffers(
-        HASH, len(joined) // 16, [None, pa.py_buffer(joined)]
-    )
+def _digests(data: Sequence[bytes]) -> pa.Array:
+    """`digest` of each: a call of it for each would take a quarter more."""
+    joined = b"".join([blake2b(each, digest_size=16).digest() for each in data])
+    return pa.FixedSizeBinaryArray.from_buffers(HASH, len(data), [None, pa.py_buffer(joined)])
 
 
 def identified(
@@ -281,7 +277,7 @@ def halves_in_lots(
 def _row_hashes(columns: Sequence[pa.Array]) -> pa.Array:
     """For each row the digest of all `columns`; when it differs, the row moved."""
     joined = pc.binary_join_element_wise(*[_tagged(column) for column in columns], b"")
-    return _of_digests(_joined(joined.to_pylist()))
+    return _digests(joined.to_pylist())
 
 
 def _tagged(column: pa.Array) -> pa.Array:

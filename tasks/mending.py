@@ -16,7 +16,7 @@ from tasks.errors import SettingsError
 from tasks.examine import Flags
 from tasks.fill import Filling
 from tasks.keys import KeySet, digest_column, first_of_each
-from tasks.limits import Limits
+from tasks.limits import Limits, tokens_of
 from tasks.providers import Provider
 from tasks.schemas import (
     CHANGES,
@@ -214,8 +214,7 @@ class _Estimated:
     provider: Provider
 
     def counts(self, texts: pa.Array) -> npt.NDArray[np.int32]:
-        estimate = self.provider.estimate
-        return estimate.of_sizes(estimate.sizes(texts))
+        return tokens_of(self.provider.estimate, texts)
 
     def request_limits(self) -> Limits:
         return self.provider.limits

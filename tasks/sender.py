@@ -19,7 +19,7 @@ from tasks.claims import POLL_S, Claims, Standing
 from tasks.errors import BudgetReached, EmbedOnceError, RunStopped
 from tasks.journal import RunFolder, StoredAnswer
 from tasks.limiter import TELL_AFTER_S, Limiter
-from tasks.limits import Estimator, Learned, Limits, Packer
+from tasks.limits import Estimator, Learned, Limits, Packer, tokens_of
 from tasks.notes import Call
 from tasks.progress import Progress, tell, tell_waiting
 from tasks.providers import Provider
@@ -120,7 +120,7 @@ class Sender:
 
     def counts(self, texts: pa.Array) -> npt.NDArray[np.int32]:
         """Tokens of each of `texts`, utf8, by what is known by now."""
-        return self._estimate().of_sizes(self.sizes(texts))
+        return tokens_of(self._estimate(), texts)
 
     def sizes(self, texts: pa.Array) -> npt.NDArray[np.int32]:
         """What the tokens of each of `texts` follow from, whatever is learned."""

@@ -214,7 +214,7 @@ def _next_batch(sender: Sender, numbers: Iterator[int], pattern: str, folder: Ru
     packer, texts = Packer(sender.request_limits()), []
     while True:
         text = pattern.format(next(numbers))
-        if packer.place(int(sender.counts([text])[0])) > 1:
+        if packer.place(int(sender.counts(pa.array([text], pa.utf8()))[0])) > 1:
             break
         texts.append(text)
     number = next(numbers)
