@@ -6,13 +6,13 @@ done again, and nothing is submitted or counted twice.
 
 import functools
 import json
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from time import monotonic, sleep
 from typing import NamedTuple
 
 import numpy as np
@@ -256,10 +256,10 @@ def settle_at_once(  # noqa: PLR0917 - as `settle`
             jobs.cancel(job_id)
         except ProviderDenied:  # it has ended just now, or is about to
             continue
-    until = time.monotonic() + CANCELS_S
-    while heard.keys() & {each.name for each in settled.waiting} and time.monotonic() < until:
+    until = monotonic() + CANCELS_S
+    while heard.keys() & {each.name for each in settled.waiting} and monotonic() < until:
         tell_waiting(f"{len(heard):,} jobs of the Batch lane are cancelled, which takes minutes")
-        time.sleep(LOOK_S)
+        sleep(LOOK_S)
         settle(provider, jobs, notes, cache, settled)
 
 

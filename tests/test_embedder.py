@@ -532,7 +532,7 @@ def test_submit_gives_a_future_and_keeps_to_the_limit_of_calls(
 
 
 def test_async_code_waits_without_blocking_its_loop(values: Values, simulator: Simulator) -> None:
-    simulator.change(latency={"base_s": 0.4})
+    simulator.change(latency={"base_s": 1})
 
     async def ask(embedder: BatchEmbedder) -> tuple[Embeddings, int]:
         beats, asked = 0, asyncio.wrap_future(embedder.submit(texts(5)))
@@ -669,7 +669,7 @@ def test_a_path_where_nothing_is_is_told(tmp_path: Path) -> None:
 
 
 def test_a_stream_may_be_read_by_async_code(values: Values, simulator: Simulator) -> None:
-    simulator.change(latency={"base_s": 0.1})
+    simulator.change(latency={"base_s": 0.3})
 
     async def read(embedder: BatchEmbedder) -> tuple[list[StreamPart], int]:
         parts, beats, done = list[StreamPart](), 0, asyncio.Event()

@@ -225,7 +225,7 @@ def test_what_an_index_can_wait_for_no_longer_goes_the_realtime_lane(
     home.write(*birds(8))
     home.reindex()
     simulator.advance(12.5)  # two of its four lines are done
-    monkeypatch.setattr("tasks.jobs.time.sleep", simulator.advance)
+    monkeypatch.setattr("tasks.jobs.sleep", simulator.advance)
     late = home.reindex("embedding.lane_deadline=0.001")
     assert (late.state, home.published()) == ("completed", birds(8))
     assert (late.batch_lane.came_texts, late.texts.embedded) == (4, 8)
@@ -241,7 +241,7 @@ def test_a_job_that_is_about_to_end_is_not_cancelled_but_taken_in(
     home.write(*birds(4))
     home.reindex()
     simulator.advance(15)  # finalizing
-    monkeypatch.setattr("tasks.jobs.time.sleep", simulator.advance)
+    monkeypatch.setattr("tasks.jobs.sleep", simulator.advance)
     report = home.reindex("embedding.lane_deadline=0.001")
     assert (report.state, report.batch_lane.came_texts, report.calls.ok) == ("completed", 4, 2)
     home.billed()
@@ -332,7 +332,7 @@ def test_a_run_of_the_realtime_lane_does_not_wait(
 ) -> None:
     home.write(*birds(4))
     home.reindex()
-    monkeypatch.setattr("tasks.jobs.time.sleep", simulator.advance)
+    monkeypatch.setattr("tasks.jobs.sleep", simulator.advance)
     report = home.reindex("embedding.lane=realtime")
     assert (report.state, report.texts.embedded, home.published()) == ("completed", 4, birds(4))
     home.billed()

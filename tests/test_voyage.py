@@ -207,7 +207,7 @@ def test_what_the_server_does_has_one_meaning_whatever_the_sdk_makes_of_it(
     started = time.monotonic()
     error = failed(provider, texts)
     assert type(error) is meaning
-    assert time.monotonic() - started < seconds + 2
+    assert time.monotonic() - started < seconds + 10
     assert simulator.ledger.totals()["calls"] <= 1
     host = (
         provider.base_url.removeprefix("http://").removesuffix("/v1") if provider.base_url else ""
@@ -685,7 +685,7 @@ def test_headers_that_never_end_meet_the_deadline_too() -> None:
     started = time.monotonic()
     with Simulator(Settings(), [Rule(action="trickle", piece_bytes=1, seconds=0.1)]) as simulator:
         error = failed(voyage(simulator, deadline_s=0.3), sentences(1))
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 8
     assert type(error) is ProviderBusy
     assert "deadline" in str(error)
 
