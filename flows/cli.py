@@ -1,7 +1,6 @@
 """The `embed-once` command: the same flows and functions, for a terminal or a pipe."""
 
 import contextlib
-import importlib
 import os
 import sys
 import tempfile
@@ -66,7 +65,7 @@ def reindex(  # noqa: PLR0917 - an argument an option
     ] = None,
 ) -> None:
     """Bring the index in step with the corpus: plan, embed, publish, report."""
-    from tasks.quick import import_lancedb, nothing_collected  # noqa: PLC0415
+    from tasks.quick import import_lancedb  # noqa: PLC0415
 
     import_lancedb()
     from tasks.form import UNASKED, Overrides, configured  # noqa: PLC0415
@@ -89,9 +88,8 @@ def reindex(  # noqa: PLR0917 - an argument an option
 
         overrides = approved(loaded, overrides)
     with prefect_log(local_folder(loaded.state.uri, "logs"), "reindex") as console, bar_on(console):
-        with nothing_collected():
-            have_server(lambda: importlib.import_module("flows.reindex"))
-            from flows.reindex import run  # noqa: PLC0415
+        have_server("flows.reindex")
+        from flows.reindex import run  # noqa: PLC0415
 
         try:
             done = run(config, overrides)
@@ -322,7 +320,7 @@ def smoke() -> None:
     """Prove add, change, move, delete and a free rerun on a small built-in corpus."""
     logs = Path(tempfile.gettempdir()) / "embed-once-logs"
     with prefect_log(logs, "smoke") as console, bar_on(console):
-        have_server(lambda: importlib.import_module("flows.smoke"))
+        have_server("flows.smoke")
         from flows.smoke import smoke as flow  # noqa: PLC0415
 
         checks = flow()

@@ -9,18 +9,19 @@ import atexit
 import concurrent.futures
 import contextlib
 import gc
+import importlib
 import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from typing import IO, Any, NoReturn
 
 from flows import tethered
 from flows.terminal import unheard
 from tasks.errors import EmbedOnceError
+from tasks.quick import nothing_collected
 
 HOST = "127.0.0.1"
 START_S = 120.0
@@ -32,31 +33,38 @@ TELL_S = 10.0
 """So long a server may take in events of a run that has ended before it is asked if it is there."""
 
 
-def have_server(meanwhile: Callable[[], object]) -> None:
+def have_server(runs: str) -> None:
     """See that Prefect has a server in this process: the one it is told of, or a temporary one.
 
     Args:
-        meanwhile: Done while a temporary one starts, which takes seconds; else not at all.
+        runs: A module to import: what runs on it. A temporary one takes seconds to start meanwhile.
 
     Raises:
         EmbedOnceError: The temporary one does not start.
     """
-    from prefect.settings import get_current_settings  # noqa: PLC0415
+    with nothing_collected():
+        from prefect.settings import get_current_settings  # noqa: PLC0415
 
-    settings = get_current_settings()
+        settings = get_current_settings()
     if settings.api.url or not settings.server.ephemeral.enabled:
+        _import(runs)
         return
     listening = socket.create_server((HOST, 0))
     url = address(listening.getsockname()[1])
     process = start_server(listening, "temporary")
     atexit.register(tethered.release, process, STOP_S)
-    meanwhile()
+    _import(runs)
     if not comes_up(process, url):
         raise EmbedOnceError(
             "The temporary Prefect server did not start. Name one that runs in "
             "PREFECT_API_URL, or see the log under logs/ in state.uri."
         )
     use_server(url)
+
+
+def _import(module: str) -> None:
+    with nothing_collected():
+        importlib.import_module(module)
 
 
 def leave(code: int) -> NoReturn:

@@ -234,7 +234,7 @@ class Cache:
         Raises:
             EmbedOnceError: It could not be synced.
         """
-        if self._table is not None or self._opened is not None:
+        if self._opened is not None:
             with writing(self._told):
                 sync_table(self._uri, self.name, since)
 
@@ -247,7 +247,8 @@ class Cache:
 
     @property
     def _opened(self) -> Table | None:
-        if not self._looked:
+        """The table, if there is one; which entries it has is not asked anew."""
+        if self._table is None and not self._looked:
             self.refresh()
         return self._table
 

@@ -102,7 +102,15 @@ def publish(
     table = open_index(index)
     schema = identity.schema(_in_order_of(table, metadata))
     gone = deletions.load(DELETIONS).column("id")
-    way = _way(table, schema, staged, updates, len(gone), sizes=sizes)
+    way = _way(
+        table,
+        schema,
+        staged,
+        updates,
+        len(gone),
+        sizes=sizes,
+        vector_bytes=cache.space.vector_bytes,
+    )
     if anew and table is not None:
         way = "overwrite"
     if way == "none":
@@ -183,6 +191,7 @@ def _way(
     deletions: int,
     *,
     sizes: Sizes,
+    vector_bytes: int,
 ) -> Way:
     rows = staged.num_rows
     if table is None:
@@ -193,8 +202,6 @@ def _way(
         return "none"
     if not updates and not deletions:
         return "add"
-    vector = schema.field("vector").type
-    vector_bytes = vector.list_size * vector.value_type.bit_width // 8
     joined = _bytes(table, vector_bytes) if rows and deletions else 0
     heavy = rows * vector_bytes + staged.nbytes > sizes.share * MERGE_BYTES
     if heavy or deletions > MERGE_DELETIONS or joined > sizes.joined:

@@ -80,7 +80,11 @@ def hash_texts(texts: Sequence[str]) -> bytes:
 
 
 class Ledger:
-    """Thread-safe. The last requests are kept, the totals cover all since the last reset."""
+    """Thread-safe. The last requests are kept, the totals cover all since the last reset.
+
+    Attributes:
+        arrivals: Requests that came, those in flight among them; the totals count answered ones.
+    """
 
     def __init__(self, keep_requests: int) -> None:
         self._lock = threading.Lock()
@@ -92,7 +96,7 @@ class Ledger:
     def _clear(self) -> None:
         self._records: deque[Record] = deque()
         self._hashes = 0
-        self._arrivals = self._calls = self._ok = 0
+        self.arrivals = self._calls = self._ok = 0
         self._usd = 0.0
         self._jobs = self._lines = self._line_tokens = 0
         self._line_usd = 0.0
@@ -150,12 +154,12 @@ class Ledger:
     def arrived(self, now: float) -> tuple[int, int]:
         """A request came: its number, and how many are in flight with it."""
         with self._lock:
-            self._arrivals += 1
+            self.arrivals += 1
             self._in_flight += 1
             self._max_in_flight = max(self._max_in_flight, self._in_flight)
             self._requests.add(now, 0)
             self._peak_requests = max(self._peak_requests, self._requests.requests)
-            return self._arrivals, self._in_flight
+            return self.arrivals, self._in_flight
 
     def counted(self, now: float, tokens: int) -> None:
         """A request reached the rate limit with so many tokens."""

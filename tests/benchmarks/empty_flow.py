@@ -6,7 +6,6 @@ in it, and the artifacts are the same. Only Prefect is imported, no LanceDB and 
 nothing else is counted as its cost.
 """
 
-import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from flows.prefect_server import have_server
 
 def main() -> None:
     """Run the empty flow once."""
-    have_server(lambda: importlib.import_module("prefect"))
+    have_server("prefect")
     from prefect import flow, task  # noqa: PLC0415
     from prefect.artifacts import (  # noqa: PLC0415
         create_markdown_artifact,

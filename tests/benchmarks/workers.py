@@ -5,7 +5,6 @@ Run it as `python tests/benchmarks/workers.py [--calls 100] [--latency 0.5] [--p
 """
 
 import argparse
-import importlib
 import json
 import os
 import resource
@@ -38,7 +37,7 @@ def main() -> None:
     arguments.add_argument("--processes", type=int, default=2)
     given = arguments.parse_args()
     os.environ.setdefault("VOYAGE_API_KEY", "pa-any")
-    have_server(lambda: importlib.import_module("flows.reindex"))
+    have_server("flows.reindex")
     from flows.reindex import run  # noqa: PLC0415 - with the server there
 
     ways = {

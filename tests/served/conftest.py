@@ -263,7 +263,7 @@ state: {{uri: ./state}}
     @property
     def arrived(self) -> int:
         """Calls that arrived, answered or not."""
-        return self.simulator.ledger._arrivals  # noqa: SLF001 - the totals are of calls answered
+        return self.simulator.ledger.arrivals
 
     def runs(self) -> list[dict[Hashable, Any]]:
         """The runs by the ledger, oldest first."""

@@ -231,7 +231,7 @@ def test_a_cancel_waits_for_what_workers_have_in_flight_and_no_longer_than_it_ma
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     ledger = simulator.ledger
-    while ledger._arrivals < 24:  # noqa: SLF001 - the totals are of calls answered
+    while ledger.arrivals < 24:
         assert running.poll() is None, running.communicate()[1]
         time.sleep(0.05)
     simulator.change(latency=Latency(base_s=3))  # it cannot end before it is told
@@ -242,7 +242,7 @@ def test_a_cancel_waits_for_what_workers_have_in_flight_and_no_longer_than_it_ma
         130,
         "embed-once: cancelled; what was paid for is kept, run again.",
     )
-    sent = ledger._arrivals  # noqa: SLF001
+    sent = ledger.arrivals
     assert sent < TEXTS / TEXTS_PER_REQUEST
     report = reindex(config)
     lost = TEXTS_PER_REQUEST * (answer == "hangs")
