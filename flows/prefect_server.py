@@ -43,7 +43,11 @@ def have_server(runs: str) -> None:
         EmbedOnceError: The temporary one does not start.
     """
     with nothing_collected():
-        from prefect.settings import get_current_settings  # noqa: PLC0415
+        from prefect.settings import (  # noqa: PLC0415
+            PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+            get_current_settings,
+            temporary_settings,
+        )
 
         settings = get_current_settings()
     if settings.api.url or not settings.server.ephemeral.enabled:
@@ -60,6 +64,10 @@ def have_server(runs: str) -> None:
             "PREFECT_API_URL, or see the log under logs/ in state.uri."
         )
     use_server(url)
+    # Nobody looks for them there, and at its end a run waits up to a second for their thread.
+    without_heartbeats = contextlib.ExitStack()
+    without_heartbeats.enter_context(temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}))
+    atexit.register(without_heartbeats.close)
 
 
 def _import(module: str) -> None:

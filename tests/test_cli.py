@@ -97,6 +97,21 @@ def test_a_run_does_not_load_what_it_never_uses(home: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ours", [True, False])
+def test_only_runs_on_a_server_that_lasts_tell_it_that_they_live(ours: bool) -> None:
+    code = "from flows.prefect_server import have_server; have_server('prefect')\n"
+    code += "from prefect.settings import get_current_settings as settings\n"
+    code += "print(settings().flows.heartbeat_frequency)"
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    if not ours:
+        environment["PREFECT_API_URL"] = "http://127.0.0.1:4200/api"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True
+    )
+    assert (done.stdout == "None\n") is ours
+
+
 def test_what_prefect_logs_goes_to_a_file(home: Path) -> None:
     logs = list((home / "state" / "logs").glob("*-reindex-*.log"))
     assert "Finished in state Completed()" in logs[0].read_text(encoding="utf-8")
