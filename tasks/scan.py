@@ -117,11 +117,12 @@ def _link(file: Path, name: Path) -> None:
 def _left(indexed: TableRef, rows: TableRef, deletions: TableRef) -> Iterator[pa.RecordBatch]:
     """What the index holds after a run."""
     schema = rows.schema()
-    written = [digest_column(batch.column("id")) for batch in rows.batches(schema)]
-    deleted = digest_column(deletions.load(DELETIONS).column("id").combine_chunks())
-    gone = KeySet(pa.chunked_array([*written, deleted]))
-    for batch in indexed.batches(INDEXED):
-        yield batch.filter(pa.array(~gone.holds(batch.column("key"))))
+    if indexed.rows:
+        written = [digest_column(batch.column("id")) for batch in rows.batches(schema)]
+        deleted = digest_column(deletions.load(DELETIONS).column("id").combine_chunks())
+        gone = KeySet(pa.chunked_array([*written, deleted]))
+        for batch in indexed.batches(INDEXED):
+            yield batch.filter(pa.array(~gone.holds(batch.column("key"))))
     for batch in rows.batches(schema):
         yield _keyed(batch)
 
