@@ -31,10 +31,8 @@ from tasks.sender import GIVEN_UP_S, Sender, Terms, sender_of
 from tasks.survey import Survey
 from tasks.workers import workers_of
 
-AHEAD = 2
-"""Batches in flight when the next are mapped, by concurrency: half of them wait for their turn."""
-WAVES = 8
-"""They are mapped in so many waves: the first ones go out while the others still fill."""
+WAVE = 2
+"""Batches mapped at once, by concurrency; so many more may be in flight."""
 FOLDS_AHEAD = 3
 """Most vectors, in folds, that come in while others are folded: each fold costs 0.3 s by itself, so
 what has come meanwhile goes together."""
@@ -128,16 +126,17 @@ def _send(batches: Iterator[Batch], terms: Terms, collected: "_Collected") -> No
 
     Done aside: tasks and whoever waits for them share locks.
     """
-    sender, most = sender_of(terms), AHEAD * terms.provider.limits.concurrency
-    ahead = 0  # the first answer tells how large the next batches may be
+    sender, first = sender_of(terms), True
+    size = WAVE * terms.provider.limits.concurrency
     going = itertools.takewhile(lambda _: not sender.stopped, batches)
     with collected.ending_the_run():
-        while wave := list(itertools.islice(going, max(1, ahead // WAVES))):
+        while wave := list(itertools.islice(going, 1 if first else sender.ahead(size))):
             if sender.stopped:
                 break
             collected.flying += embed.map(wave, unmapped(terms))
-            collected.take(down_to=ahead)
-            ahead = sender.ahead(most)
+            # The first answer tells how large the next batches may be.
+            collected.take(down_to=0 if first else sender.ahead(size))
+            first = False
     collected.take(down_to=0)
 
 

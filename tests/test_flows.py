@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from tasks.errors import (
     ProviderDenied,
     SettingsError,
 )
-from tasks.fill import Filling
 from tasks.form import Overrides
 from tasks.history import history
 from tasks.index import generations, held, open_index
@@ -52,7 +51,6 @@ from tasks.plan import make_plan
 from tasks.prepare import PLAIN, Preparation
 from tasks.providers import Answer, Space
 from tasks.providers.lexical import Lexical
-from tasks.schemas import Batch
 from tasks.summary import figure
 from tasks.survey import survey
 
@@ -416,24 +414,6 @@ def test_a_busy_provider_is_asked_again_and_every_call_is_noted(home: Path) -> N
     statuses = sorted(call.status for call in folder.calls())
     assert statuses == ["AnswerRejected", "ProviderBusy", "ok", "ok"]
     assert len(provider.asked) == 4
-
-
-def test_batches_go_out_while_later_ones_fill(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(home, **{f"{number}.txt": f"{number} ants" for number in range(20)})
-    provider, seen, batches = scripted(home / "script"), list[int](), Filling.batches
-
-    def held_up(filling: Filling) -> Iterator[Batch]:
-        for batch in batches(filling):
-            ends = time.monotonic() + 20
-            while batch.number == 4 and len(provider.asked) < 2 and time.monotonic() < ends:
-                time.sleep(0.01)
-            seen.append(len(provider.asked) if batch.number > 1 else 0)
-            yield batch
-
-    monkeypatch.setattr(Filling, "batches", held_up)
-    embedded_with(home, provider, RunFolder(str(home / "state"), "run-1"))
-    assert len(seen) == 12
-    assert seen[3] >= 2
 
 
 def test_a_provider_that_denies_is_asked_once_and_never_again(home: Path) -> None:

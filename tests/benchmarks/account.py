@@ -30,7 +30,7 @@ import pandas as pd
 import pyarrow as pa
 
 import tasks.limiter
-from flows.embedding import AHEAD
+from flows.embedding import WAVE
 from tasks.embed import embed_batch
 from tasks.errors import ProviderBusy, RunStopped
 from tasks.journal import RunFolder
@@ -180,14 +180,14 @@ def send_for(
     room, numbers = threading.Condition(), itertools.count()
     repeated = WORD * math.ceil(text_tokens * 4.2 / len(WORD))
 
-    most, flying = AHEAD * config.limits.concurrency, 0
+    most, flying = WAVE * config.limits.concurrency, 0
 
     def work() -> None:
         nonlocal flying
         while time.monotonic() < ends:
             with room:
                 # As in the flow: one batch first, then as many ahead as a minute takes.
-                while flying >= (sender.ahead(most) if sender.answers else 1):
+                while flying >= (2 * sender.ahead(most) if sender.answers else 1):
                     room.wait(0.1)
                     if time.monotonic() >= ends:
                         return
@@ -200,8 +200,8 @@ def send_for(
                 flying -= 1
                 room.notify()
 
-    with ThreadPoolExecutor(most) as pool:
-        done = [pool.submit(work) for _ in range(most)]
+    with ThreadPoolExecutor(2 * most) as pool:
+        done = [pool.submit(work) for _ in range(2 * most)]
         time.sleep(max(0.0, ends - time.monotonic()))
         sender.stop(RunStopped("The time is over."))
         for each in done:
