@@ -88,7 +88,7 @@ class Home:
     @property
     def calls(self) -> int:
         """Calls that arrived, answered or not."""
-        return arrived(self.simulator)
+        return self.simulator.ledger.arrivals
 
     @property
     def ok(self) -> int:
@@ -105,10 +105,6 @@ class Home:
         said = done.communicate(timeout=200)[1]
         assert done.returncode == 0, said
         return self.runs()[-1]
-
-
-def arrived(simulator: Simulator) -> int:
-    return simulator.ledger.arrivals
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
@@ -176,7 +172,7 @@ def test_a_call_in_flight_can_be_given_up(monkeypatch: pytest.MonkeyPatch) -> No
 
         thread = threading.Thread(target=call)
         thread.start()
-        wait_for(lambda: arrived(simulator), 20)
+        wait_for(lambda: simulator.ledger.arrivals, 20)
         provider.give_up()
         thread.join(5)
         assert ended == ["ProviderBusy"]

@@ -165,7 +165,7 @@ MEANINGS: dict[str, tuple[Rule, str, type[ProviderError]]] = {
     "reset amid": (Rule(action="reset_mid"), "APIConnectionError", ProviderBusy),
     "short body": (Rule(action="short_body"), "APIConnectionError", ProviderBusy),
     "cut chunk": (Rule(action="chunk_trunc"), "APIConnectionError", ProviderBusy),
-    "hang": (Rule(action="hang", seconds=3), "Timeout", ProviderBusy),
+    "hang": (Rule(action="hang", seconds=60), "Timeout", ProviderBusy),
     "trickle": (Rule(action="trickle", piece_bytes=99, seconds=0.03), "ok", ProviderBusy),
     "bad json": (Rule(action="bad_json"), "APIError", AnswerRejected),
     "empty": (Rule(action="empty_200"), "APIError", AnswerRejected),
