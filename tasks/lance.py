@@ -2,8 +2,9 @@
 
 import math
 import re
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from lancedb.table import Table
 
+from tasks.aside import Aside
 from tasks.errors import EmbedOnceError, IndexHeld, StorageFailed
 from tasks.storage import is_local, storage_at
 from tasks.storage.folder import sync
@@ -23,6 +25,8 @@ PRIMARY_KEY = {b"lance-schema:unenforced-primary-key": b"true"}
 
 Without it five processes upserting the same 100 keys left 500 rows and no error.
 """
+ALONG_S = 0.5
+"""So often what a commit writes is synced while it is written."""
 WINDOW_ROWS = 8192
 """Most rows of one query where a whole table is read with its vectors."""
 WINDOW_BYTES = 64 * 2**20
@@ -127,11 +131,28 @@ def in_short(error: Exception) -> str:
 def durable(uri: str, name: str) -> Iterator[None]:
     """Have what is committed to the table in this block on disk when it ends.
 
+    What it writes is synced meanwhile, so that at its end little is left to wait for.
+
     Raises:
         OSError: It could not be synced.
     """
-    since = time.time()
-    yield
+    if not is_local(uri):
+        yield
+        return
+    since, ended = time.time(), threading.Event()
+
+    def sync_along() -> None:
+        while not ended.wait(ALONG_S):
+            _sync_newer((Path(uri) / f"{name}.lance" / "data").glob("*"), since)
+
+    along = Aside(sync_along)
+    along.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        along.wait()
+    along.result()  # an error that it was told, nobody is told again
     sync_table(uri, name, since)
 
 
@@ -152,11 +173,16 @@ def sync_table(uri: str, name: str, since: float) -> None:
     if not is_local(uri):
         return
     folder = Path(uri) / f"{name}.lance"
-    for path in (folder, *folder.rglob("*")):
+    _sync_newer((folder, *folder.rglob("*")), since)
+    sync(folder.parent)
+
+
+def _sync_newer(paths: Iterable[Path], since: float) -> None:
+    """Sync the folders among `paths`, and what has been written since then."""
+    for path in paths:
         with suppress(FileNotFoundError):  # what another process compacts away
             if path.is_dir() or path.stat().st_mtime >= since - CLOCK_SLACK_S:
                 sync(path)
-    sync(folder.parent)
 
 
 @contextmanager

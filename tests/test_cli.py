@@ -112,6 +112,25 @@ def test_only_runs_on_a_server_that_lasts_tell_it_that_they_live(ours: bool) -> 
     assert (done.stdout == "None\n") is ours
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("users", [None, "7"])
+def test_a_server_of_ours_records_states_of_tasks_in_groups(users: str | None) -> None:
+    setting = "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE"
+    code = "import json, os, urllib.request as net\n"
+    code += "from flows.prefect_server import have_server; have_server('prefect')\n"
+    code += "with net.urlopen(os.environ['PREFECT_API_URL'] + '/admin/settings') as answer:\n"
+    code += "    of = json.load(answer)['server']['services']['task_run_recorder']\n"
+    code += "print(of['batch_size'], of['flush_interval'])"
+    taken = {"PREFECT_API_URL", setting}
+    environment = {name: value for name, value in os.environ.items() if name not in taken}
+    if users:
+        environment[setting] = users
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [users or "50", "1.0"]
+
+
 def test_what_prefect_logs_goes_to_a_file(home: Path) -> None:
     logs = list((home / "state" / "logs").glob("*-reindex-*.log"))
     assert "Finished in state Completed()" in logs[0].read_text(encoding="utf-8")

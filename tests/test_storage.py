@@ -24,6 +24,7 @@ from tasks.errors import StorageFailed
 from tasks.index import Identity, committing
 from tasks.journal import RunFolder, fold, unfolded_hashes
 from tasks.keys import hash_column, text_hash
+from tasks.lance import durable
 from tasks.notes import Call
 from tasks.params import Index
 from tasks.providers.lexical import Lexical
@@ -63,6 +64,7 @@ class Disk:
     def fsync(self, descriptor: int) -> None:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if path.name in self.fails:
+            self.asked.append(("failed", path.name))
             raise OSError(5, "Input/output error")
         self._fsync(descriptor)
         self.sizes[path.name] = path.stat().st_size
@@ -347,6 +349,45 @@ def test_what_is_committed_to_the_index_is_on_disk_before_its_note_goes(
     synced = {name for what, name in disk.asked[:gone] if what == "sync"}
     assert {"gen-1.json", "_versions", "t.lance", "index"} <= synced
     assert {path.name for path in table.rglob("*")} <= synced
+
+
+@pytest.fixture
+def half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tasks.lance.ALONG_S", 0.01)
+    data = tmp_path / "t.lance" / "data"
+    data.mkdir(parents=True)
+    return data / "half.lance"
+
+
+def asked_within(disk: Disk, what: tuple[str, str], seconds: float = 60) -> bool:
+    ends = time.monotonic() + seconds
+    while what not in disk.asked and time.monotonic() < ends:
+        time.sleep(0.01)
+    return what in disk.asked
+
+
+def test_what_a_commit_writes_is_synced_while_it_is_written(
+    tmp_path: Path, half_written: Path, disk: Disk
+) -> None:
+    with durable(str(tmp_path), "t"):
+        half_written.write_bytes(b"half")
+        assert asked_within(disk, ("sync", "half.lance"))
+
+
+def test_an_error_that_the_system_tells_meanwhile_is_not_lost(
+    tmp_path: Path, half_written: Path, disk: Disk
+) -> None:
+    """Linux tells an error of the disk once; who syncs after that is told that all is well."""
+
+    def commit() -> None:
+        with durable(str(tmp_path), "t"):
+            half_written.write_bytes(b"half")
+            assert asked_within(disk, ("failed", "half.lance"))
+            disk.fails.clear()
+
+    disk.fails.add("half.lance")
+    with pytest.raises(OSError, match="Input/output error"):
+        commit()
 
 
 # Many at once
