@@ -2,7 +2,8 @@
 
 The SDK's sessions belong to one thread each, and it drops the headers of an answer. So each
 call has a session of its own, over connections that all calls share, in the thread of its own
-that the deadline needs.
+that the deadline needs. A good answer is read here, where it comes in: what the SDK makes of
+1,000 vectors of 1,024 numbers takes 20 ms, in which all other threads wait, and this 3.
 """
 
 import functools
@@ -22,6 +23,7 @@ from voyageai.api_resources.embedding import Embedding
 from voyageai.util import get_default_base_url
 
 from tasks.limits import Learned
+from tasks.providers.answers import read_answer
 from tasks.providers.deadline import TooLate, TooLong, finished, host_of
 from tasks.providers.voyage_reply import Reply
 
@@ -44,7 +46,8 @@ class Outcome:
     Attributes:
         host: Whom it asked, with the port where one is named.
         reply: Status, headers and, of a failure, the body; None where no status came.
-        result: What the SDK made of it; None where it raised.
+        result: The answer; what the SDK made of it where it is no object of JSON, and None where
+            that raised.
         error: What the SDK raised.
         broken: What ended the transport; None where it went well.
     """
@@ -99,7 +102,8 @@ def exchange(key: SecretStr, base_url: str | None, deadline_s: float, **fields: 
             )
         except Exception as raised:  # noqa: BLE001 - the SDK lets errors of any class through
             error = raised
-        ended.append(Outcome(host, session.reply, result, error, session.broken))
+        answer = result if session.answer is None else session.answer
+        ended.append(Outcome(host, session.reply, answer, error, session.broken))
 
     _hook.install()
     if finished(send, deadline_s, "voyage-call"):
@@ -113,6 +117,7 @@ class _Session(requests.Session):
     def __init__(self, key: SecretStr, deadline_s: float) -> None:
         super().__init__()
         self.reply: Reply | None = None
+        self.answer: dict[str, object] | None = None
         self.broken: Exception | None = None
         self._key = key
         self._ends = time.monotonic() + deadline_s
@@ -123,7 +128,7 @@ class _Session(requests.Session):
             self.mount(scheme, self._pool)
 
     def request(self, *args: Any, **kwargs: Any) -> requests.Response:
-        """The response with its whole body read; only a failure's body is kept."""
+        """The response, its whole body read; of a good answer the SDK need know nothing more."""
         kwargs |= {"stream": True, "timeout": max(0.001, self._ends - time.monotonic())}
         try:
             response = super().request(*args, **kwargs)
@@ -136,6 +141,9 @@ class _Session(requests.Session):
             # Before the SDK puts it into a message or a log.
             body = body.replace(self._key.get_secret_value().encode(), b"[key]")
             self.reply = Reply(response.status_code, self.reply.headers, body)
+        else:
+            self.answer = read_answer(body)
+            body = body if self.answer is None else b"{}"
         response.headers.update(self.reply.headers)
         response.raw = io.BytesIO(body)
         return response
