@@ -27,6 +27,11 @@ FEWEST_MB = 640
 """Enough for 200,000 chunks; no limit may be less."""
 MOST_MB = 1536
 """More makes only those runs faster that change rows of a large index and delete others."""
+FLYING_MB = 512
+"""Most for all calls in flight: with more of them the account or the processor is the limit."""
+OTHERS_MB = 150
+"""Beside calls: vectors on their way to the cache and the index, and what lies free between them
+(measured: 60)."""
 COPIES = 4
 """Copies of a vector that a call holds at once: as it came, checked, in the journal, for who
 asked."""
@@ -50,15 +55,17 @@ class Sizes:
     Attributes:
         share: Of the most that makes a run faster, 0 to 1.
         room_mb: What the limit leaves beside code and keys, MiB.
+        flying_mb: The most for all calls in flight, MiB.
     """
 
     share: float = 1.0
     room_mb: float = MOST_MB - BASE_MB
+    flying_mb: float = FLYING_MB
 
     @property
     def flying(self) -> int:
         """Of all calls in flight, as `estimated_bytes` counts them."""
-        return int(self.share * 512 * MIB)
+        return int(self.share * self.flying_mb * MIB)
 
     @property
     def folded(self) -> int:
@@ -73,12 +80,17 @@ class Sizes:
     @property
     def kept(self) -> int:
         """Of what the process may hold in all before it looks for what it can give back."""
-        return BASE_MB * MIB + int(self.share * 256 * MIB)
+        return BASE_MB * MIB + int(min(256, self.room_mb / 2) * MIB)
 
     @property
     def grown(self) -> int:
         """By so much it may grow before it looks again."""
-        return int(self.share * 128 * MIB)
+        return int(min(128, self.room_mb / 4) * MIB)
+
+    @property
+    def merged(self) -> int:
+        """Changed rows with their vectors that are merged, each held some times over."""
+        return int(self.room_mb / 8 * MIB)
 
     @property
     def joined(self) -> int:
@@ -89,12 +101,13 @@ class Sizes:
 MOST = Sizes()
 
 
-def sizes_for(memory_mb: int | None, chunks: int) -> Sizes:
+def sizes_for(memory_mb: int | None, chunks: int, flying_mb: float = FLYING_MB) -> Sizes:
     """The sizes by which a run of so many chunks keeps to its limit.
 
     Args:
         memory_mb: The limit of the whole process, MiB; None: `default_mb()`.
         chunks: Of the corpus.
+        flying_mb: What all calls in flight would take if none were made smaller, MiB.
 
     Raises:
         SettingsError: The keys of the corpus alone take more.
@@ -108,7 +121,8 @@ def sizes_for(memory_mb: int | None, chunks: int) -> Sizes:
             f"Python, Prefect and LanceDB take about {taken:,.0f}. Nothing was sent. Allow at "
             f"least {taken + LEAST_MB:,.0f}."
         )
-    return Sizes(min(1.0, room / (MOST_MB - BASE_MB)), room)
+    flying_mb = min(FLYING_MB, flying_mb)
+    return Sizes(min(1.0, room / (flying_mb + OTHERS_MB)), room, flying_mb)
 
 
 def default_mb() -> int:
@@ -117,6 +131,20 @@ def default_mb() -> int:
     told = _CGROUP.read_text(encoding="ascii").strip() if _CGROUP.is_file() else "max"
     allowed = min(pages, int(told)) if told.isdigit() else pages
     return max(FEWEST_MB, allowed // MIB // 2)
+
+
+def in_flight_mb(provider: Provider, chunks: int, text_bytes: int) -> float:
+    """MiB of all calls that may be in flight at once, as large as `provider` takes them.
+
+    Args:
+        provider: By the config.
+        chunks: Of the corpus, as many as were looked at.
+        text_bytes: Of the texts of all of them.
+    """
+    limits = provider.limits
+    texts = limits.concurrency * limits.texts_per_request
+    characters = texts * text_bytes // max(1, chunks)
+    return estimated_bytes(texts, characters, provider.space.vector_bytes) / MIB
 
 
 def within(sizes: Sizes, provider: Provider, chunks: int, text_bytes: int) -> Provider:

@@ -203,7 +203,7 @@ def _way(
     if not updates and not deletions:
         return "add"
     joined = _bytes(table, vector_bytes) if rows and deletions else 0
-    heavy = rows * vector_bytes + staged.nbytes > sizes.share * MERGE_BYTES
+    heavy = rows * vector_bytes + staged.nbytes > min(MERGE_BYTES, sizes.merged)
     if heavy or deletions > MERGE_DELETIONS or joined > sizes.joined:
         return "overwrite"
     return "merge"

@@ -28,7 +28,7 @@ from tasks.journal import unfolded_hashes
 from tasks.keys import KeySet, hash_column
 from tasks.lanes import Lane, lane_of, require_lane
 from tasks.lookup import NONE, LookedUp, lookup
-from tasks.memory import MOST, Sizes, sizes_for, within
+from tasks.memory import MOST, Sizes, in_flight_mb, sizes_for, within
 from tasks.notes import Refused
 from tasks.pack import Packed, pack
 from tasks.params import Config, FilesSource
@@ -132,7 +132,8 @@ def survey(
     indexed = scan(table, target) if anew else scan_unless_known(config, table, target)
     sizes = MOST
     if not anew:
-        sizes = sizes_for(config.limits.memory_mb, max(keyed.table.rows, indexed.rows))
+        flying = in_flight_mb(provider, keyed.chunks_read, keyed.text_bytes)
+        sizes = sizes_for(config.limits.memory_mb, max(keyed.table.rows, indexed.rows), flying)
         provider = within(sizes, provider, keyed.chunks_read, keyed.text_bytes)
     notes = keyed.notes
     held = Held(tuple(notes.unread), overrides.narrow or None, tuple(notes.unread_ids))

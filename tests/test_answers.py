@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.providers.answers import numbers_in_base64, read_answer
+from tasks.providers.answers import numbers_in_base64, parsed_answer
 
 NAMES = st.sampled_from(["embedding", "data", "index", 'x"embedding']) | st.text(max_size=4)
 NUMBERS = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
@@ -41,7 +41,7 @@ def test_an_answer_says_what_its_json_says(
     answer: dict[str, Any], indent: int | None, colon: str, ascii_only: bool
 ) -> None:
     text = json.dumps(answer, indent=indent, separators=(",", colon), ensure_ascii=ascii_only)
-    assert plain(read_answer(text.encode())) == answer
+    assert plain(parsed_answer(text.encode())) == answer
 
 
 def test_no_string_is_made_of_a_vector() -> None:
@@ -49,7 +49,7 @@ def test_no_string_is_made_of_a_vector() -> None:
     for colon in (":", ":\n  "):
         items = [{"embedding": vector, "index": at} for at in range(3)]
         body = json.dumps({"data": items}, separators=(",", colon)).encode()
-        answer: Any = read_answer(body)
+        answer: Any = parsed_answer(body)
         read = [item["embedding"] for item in answer["data"]]
         assert all(isinstance(each, memoryview) and each.obj is body for each in read)
         assert [numbers_in_base64(each) for each in read] == [bytes(range(16))] * 3
@@ -57,7 +57,7 @@ def test_no_string_is_made_of_a_vector() -> None:
 
 def test_a_vector_with_escapes_is_what_they_mean() -> None:
     body = b'{"data":[{"embedding":"AA\\/\\u002f"},{"embedding":"AAAA"}]}'
-    assert plain(read_answer(body)) == {"data": [{"embedding": "AA//"}, {"embedding": "AAAA"}]}
+    assert plain(parsed_answer(body)) == {"data": [{"embedding": "AA//"}, {"embedding": "AAAA"}]}
 
 
 @pytest.mark.parametrize(
@@ -65,4 +65,4 @@ def test_a_vector_with_escapes_is_what_they_mean() -> None:
     [b"", b"null", b"[]", b'"a"', b"<html>", b'{"data":[{"embedding":"AAAA', b'{"a":"\xff"}'],
 )
 def test_what_is_no_object_is_nothing(body: bytes) -> None:
-    assert read_answer(body) is None
+    assert parsed_answer(body) is None

@@ -232,14 +232,16 @@ def test_a_table_of_long_texts_is_copied_a_few_rows_at_a_time(
 
 
 def test_a_merge_that_would_hold_too_large_a_table_is_none(shelf: Shelf) -> None:
-    shelf.publish(A, B, C)
+    shelf.publish(A, B, C, *(row(f"{number:02}", f"text {number}") for number in range(40)))
     size = tasks.publish._bytes(shelf.table(), 1024)  # noqa: SLF001 - what LanceDB would hold
     changed, less = row("a", "delta"), Sizes(room_mb=0.9 * size / 2**20)
     assert less.joined < size < MOST.joined
     assert shelf.publish(changed, sizes=less).way == "merge"  # then it holds what changed
     assert shelf.publish(delete=("b",), sizes=less).way == "merge"
     assert shelf.publish(row("a", "beta"), delete=("c",), sizes=less).way == "overwrite"
-    shelf.holds(row("a", "beta"))
+    many = [row(f"{number:02}", "other text") for number in range(20)]
+    assert shelf.publish(*many, sizes=less).way == "overwrite"  # held some times over
+    shelf.holds(row("a", "beta"), *many, *(row(f"{n:02}", f"text {n}") for n in range(20, 40)))
 
 
 @pytest.mark.parametrize("way", ["merge", "overwrite"])

@@ -23,7 +23,7 @@ from voyageai.api_resources.embedding import Embedding
 from voyageai.util import get_default_base_url
 
 from tasks.limits import Learned
-from tasks.providers.answers import read_answer
+from tasks.providers.answers import parsed_answer
 from tasks.providers.deadline import TooLate, TooLong, finished, host_of
 from tasks.providers.voyage_reply import Reply
 
@@ -142,7 +142,7 @@ class _Session(requests.Session):
             body = body.replace(self._key.get_secret_value().encode(), b"[key]")
             self.reply = Reply(response.status_code, self.reply.headers, body)
         else:
-            self.answer = read_answer(body)
+            self.answer = parsed_answer(body)
             body = body if self.answer is None else b"{}"
         response.headers.update(self.reply.headers)
         response.raw = io.BytesIO(body)

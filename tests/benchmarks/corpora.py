@@ -9,6 +9,8 @@ peak are those of the command; `flat` is its peak over that of the half as large
 - tiny: files of 50 bytes, a thousand in a folder.
 - folder: the same in one folder.
 - jsonl: one JSONL file of so many megabytes, 4 KB a row; `--size 5000` is the one of 5 GB.
+- again: the same, but each text stands there 25 times: 5 GB are read, hashed and published, and
+  `lexical`, which takes half an hour for 5 GB, has little to do.
 - group: a Parquet file with a single row group, 1 KB a row.
 - long: a Parquet file of texts of 200 KB each, in one row group.
 - identical: files of one and the same text, whose folder was renamed since it was indexed.
@@ -21,7 +23,8 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +35,9 @@ from peers import Watched, prefect_server, watched
 from pyarrow import parquet
 
 MEGABYTE = 1_000_000
-ROW_BYTES = {"jsonl": 4000, "group": 1000, "long": 200_000, "changed": 1000}
+TIMES = 25
+"""How often a text of `again` stands there."""
+ROW_BYTES = {"jsonl": 4000, "again": 4000, "group": 1000, "long": 200_000, "changed": 1000}
 WORDS = [f"word{number:x}" for number in range(20_000)]
 
 
@@ -60,10 +65,15 @@ def one_folder(folder: Path, size: int) -> None:
 
 def jsonl(folder: Path, size: int) -> None:
     """One file of so many megabytes."""
-    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
-        for number in range(size * MEGABYTE // ROW_BYTES["jsonl"]):
-            row = {"id": number, "text": text_of(number, ROW_BYTES["jsonl"]), "lang": "en"}
-            file.write(json.dumps(row) + "\n")
+    rows = size * MEGABYTE // ROW_BYTES["jsonl"]
+    _write_jsonl(folder, (text_of(number, ROW_BYTES["jsonl"]) for number in range(rows)))
+
+
+def again(folder: Path, size: int) -> None:
+    """One file of so many megabytes, whose texts come again and again."""
+    some = size * MEGABYTE // ROW_BYTES["again"] // TIMES
+    texts = [text_of(number, ROW_BYTES["again"]) for number in range(some)]
+    _write_jsonl(folder, chain.from_iterable(repeat(texts, TIMES)))
 
 
 def group(folder: Path, size: int) -> None:
@@ -104,6 +114,7 @@ CASES = {
     "tiny": Case(tiny, 100_000, "files"),
     "folder": Case(one_folder, 100_000, "files"),
     "jsonl": Case(jsonl, 400, "MB"),
+    "again": Case(again, 400, "MB"),
     "group": Case(group, 400_000, "rows"),
     "long": Case(long, 4_000, "rows"),
     "identical": Case(identical, 50_000, "files"),
@@ -113,8 +124,9 @@ CASES = {
 
 def reindex(case: str, folder: Path) -> tuple[Watched, dict[str, Any]]:
     """What the command took over the corpus below `folder`, and its report."""
-    names = {"jsonl": "corpus.jsonl", "group": "c.parquet", "long": "c.parquet"}
-    path = folder / (names | {"changed": "c.parquet"}).get(case, "corpus")
+    lines, tables = ("jsonl", "again"), ("group", "long", "changed")
+    name = "corpus.jsonl" if case in lines else "c.parquet" if case in tables else "corpus"
+    path = folder / name
     values = {
         "name": case,
         "source": {"kind": "table" if path.suffix else "files", "path": str(path)},
@@ -127,6 +139,12 @@ def reindex(case: str, folder: Path) -> tuple[Watched, dict[str, Any]]:
     command = [sys.executable, "-m", "flows.cli", "reindex", str(config), "--report", str(report)]
     took = watched(command, dict(os.environ), folder / "run.log")
     return took, json.loads(report.read_text(encoding="utf-8"))
+
+
+def _write_jsonl(folder: Path, texts: Iterable[str]) -> None:
+    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
+        for number, text in enumerate(texts):
+            file.write(json.dumps({"id": number, "text": text, "lang": "en"}) + "\n")
 
 
 def _write_table(folder: Path, case: str, numbers: range) -> None:
