@@ -22,6 +22,7 @@ from prefect import flow
 from prefect.settings import PREFECT_API_URL
 
 import flows.reindex
+import tasks.memory
 from flows.embedding import FOLDS_AHEAD, embed_all
 from flows.plan import plan
 from flows.reindex import reindex, run, run_frame
@@ -536,8 +537,9 @@ def test_what_comes_in_while_answers_are_folded_is_folded_together(
         return remember(cache, tables)
 
     monkeypatch.setattr(Cache, "remember", slowly)
+    monkeypatch.setattr(tasks.memory, "OTHERS_MB", 1000)  # so small a corpus is folded in parts
     done = run_frame(str(home / "notes.yaml"), frame, Overrides(settings=list(settings)))
-    a_fold = sizes_for(limit, count).folded / vector_bytes
+    a_fold = sizes_for(limit, count, 0).folded / vector_bytes
     assert sum(folds) == done.texts.embedded == count
     assert len(folds) < 0.7 * count / a_fold
     assert max(folds) <= FOLDS_AHEAD * a_fold + 50  # a call's texts come at once
