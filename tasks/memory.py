@@ -134,16 +134,18 @@ def default_mb() -> int:
 
 
 def in_flight_mb(provider: Provider, chunks: int, text_bytes: int) -> float:
-    """MiB of all calls that may be in flight at once, as large as `provider` takes them.
+    """The most MiB of all calls in flight at once, where `provider` takes so many texts in each.
 
     Args:
         provider: By the config.
         chunks: Of the corpus, as many as were looked at.
         text_bytes: Of the texts of all of them.
     """
+    if not chunks:
+        return FLYING_MB  # how long texts are is not known
     limits = provider.limits
     texts = limits.concurrency * limits.texts_per_request
-    characters = texts * text_bytes // max(1, chunks)
+    characters = texts * text_bytes // chunks
     return estimated_bytes(texts, characters, provider.space.vector_bytes) / MIB
 
 
@@ -156,6 +158,8 @@ def within(sizes: Sizes, provider: Provider, chunks: int, text_bytes: int) -> Pr
         chunks: Of the corpus, as many as were looked at.
         text_bytes: Of the texts of all of them.
     """
+    if sizes.share == 1 and in_flight_mb(provider, chunks, text_bytes) <= sizes.flying_mb:
+        return provider
     limits = provider.limits
     most = most_texts(
         sizes.flying // limits.concurrency, chunks, text_bytes, provider.space.vector_bytes

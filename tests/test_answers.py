@@ -60,6 +60,13 @@ def test_a_vector_with_escapes_is_what_they_mean() -> None:
     assert plain(parsed_answer(body)) == {"data": [{"embedding": "AA//"}, {"embedding": "AAAA"}]}
 
 
+def test_a_word_that_looks_like_one_of_ours_is_somebody_elses() -> None:
+    for word in ("0", "*0"):
+        said = {"data": [{"embedding": word, "x": {"embedding": "AAAA"}}, {"embedding": "AAAB"}]}
+        body = json.dumps(said, separators=(",", ":")).replace(f':"{word}"', f' : "{word}"')
+        assert plain(parsed_answer(body.encode())) == said
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"null", b"[]", b'"a"', b"<html>", b'{"data":[{"embedding":"AAAA', b'{"a":"\xff"}'],

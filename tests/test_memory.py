@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tasks.memory
 from tasks.cache import caches
@@ -127,6 +129,23 @@ def test_rows_of_the_index_count_too_and_a_verify_knows_no_limit(
     assert survey(config, Overrides(), tmp_path / "verify", anew=True).sizes == MOST
 
 
+@given(
+    chunks=st.integers(0, 10**6),
+    per_chunk=st.floats(1, 4000),
+    texts=st.integers(1, 1000),
+    calls=st.integers(1, 8),
+)
+def test_where_there_is_room_calls_are_as_large_as_they_may_be(
+    chunks: int, per_chunk: float, texts: int, calls: int
+) -> None:
+    provider, size = lexical(texts, calls), int(chunks * per_chunk)
+    most = in_flight_mb(provider, chunks, size)
+    sizes = sizes_for(100_000, chunks, most)
+    assert sizes.share == 1
+    if most <= FLYING_MB:
+        assert within(sizes, provider, chunks, size) is provider
+
+
 @pytest.mark.parametrize("concurrency", [1, 8, 64])
 def test_calls_in_flight_fit_together(concurrency: int) -> None:
     sizes = sizes_for(700, 10_000)
@@ -157,15 +176,15 @@ def config(tmp_path: Path) -> Callable[..., Config]:
     )
     frame.to_parquet(tmp_path / "c.parquet")
 
-    def make(memory_mb: int | None) -> Config:
+    def make(memory_mb: int | None, concurrency: int = 32) -> Config:
         return Config.model_validate(
             {
                 "name": "memory",
                 "source": {"kind": "table", "path": str(tmp_path / "c.parquet")},
                 "embedding": {"provider": "lexical", "dimension": 2048},
-                "limits": {"concurrency": 32, "memory_mb": memory_mb},
-                "index": {"uri": str(tmp_path / f"index-{memory_mb}"), "table": "t"},
-                "state": {"uri": str(tmp_path / f"state-{memory_mb}")},
+                "limits": {"concurrency": concurrency, "memory_mb": memory_mb},
+                "index": {"uri": str(tmp_path / f"index-{memory_mb}-{concurrency}"), "table": "t"},
+                "state": {"uri": str(tmp_path / f"state-{memory_mb}-{concurrency}")},
             }
         )
 
@@ -176,22 +195,24 @@ def config(tmp_path: Path) -> Callable[..., Config]:
 def test_a_run_keeps_to_its_limit(
     config: Callable[..., Config], prefect_api: str, tmp_path: Path
 ) -> None:
-    peaks, commits = dict[int, float](), dict[int, int]()
-    for memory_mb in (640, 1536):
-        file, report = tmp_path / f"{memory_mb}.json", tmp_path / f"report-{memory_mb}.json"
-        file.write_text(config(memory_mb).model_dump_json(exclude_none=True))
+    peaks, commits = dict[tuple[int, int], float](), dict[tuple[int, int], int]()
+    for memory_mb, concurrency in ((640, 32), (640, 2), (1536, 32)):
+        made = config(memory_mb, concurrency)
+        file, report = tmp_path / "config.json", tmp_path / "report.json"
+        file.write_text(made.model_dump_json(exclude_none=True))
         command = [sys.executable, "-m", "flows.cli", "reindex", str(file), "--report", str(report)]
         environment = {**os.environ, "PREFECT_API_URL": prefect_api}
         subprocess.run(command, env=environment, check=True, capture_output=True)
-        peaks[memory_mb] = json.loads(report.read_text())["memory"]["peak_bytes"] / 2**20
-        (cache,) = caches(str(tmp_path / f"state-{memory_mb}"))
+        peak = json.loads(report.read_text())["memory"]["peak_bytes"] / 2**20
+        (cache,) = caches(made.state.uri)
         table = cache.table()
         assert table is not None
-        commits[memory_mb] = table.version
+        peaks[memory_mb, concurrency] = peak
+        commits[memory_mb, concurrency] = table.version
     print(peaks, commits)
-    assert peaks[640] < 640
-    assert peaks[640] < peaks[1536]
-    assert commits[640] > 2 * commits[1536]
+    assert max(peaks[640, 32], peaks[640, 2]) < 640
+    assert peaks[640, 32] < peaks[1536, 32]
+    assert commits[640, 32] > 2 * commits[1536, 32]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's malloc_trim")

@@ -23,6 +23,7 @@ import requests
 import voyageai
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 from urllib3 import HTTPSConnectionPool
 from urllib3.exceptions import DecodeError, MaxRetryError
 from urllib3.exceptions import SSLError as TLSError
@@ -46,6 +47,7 @@ from tasks.providers import Provider, Vectors, checked_vectors
 from tasks.providers.lexical import Lexical
 from tasks.providers.voyage import Voyage
 from tasks.providers.voyage_reply import LONGEST_QUOTE, Reply, learned_from, quoted
+from tasks.providers.voyage_transport import exchange
 from tasks.simulator import Rule, Settings, Simulator
 
 KEY = "pa-Jx27vQ0mWc94TzRk81LsYd63"
@@ -269,6 +271,12 @@ def test_vectors_are_those_of_the_sdk_to_the_last_bit(
     assert np.array_equal(answer.vectors, expected)
     assert answer.billed_tokens == result.total_tokens
     assert np.array_equal(checked_vectors(answer, 4, provider), expected)
+
+
+def test_no_string_is_made_of_the_vectors_of_an_answer(simulator: Simulator) -> None:
+    request = {"input": sentences(3), "model": "voyage-4", "encoding_format": "base64"}
+    outcome: Any = exchange(SecretStr(KEY), simulator.base_url, 10.0, **request)
+    assert all(isinstance(each["embedding"], memoryview) for each in outcome.result["data"])
 
 
 def test_vectors_are_joined_to_their_texts_by_index(simulator: Simulator) -> None:
