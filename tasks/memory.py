@@ -158,7 +158,8 @@ def within(sizes: Sizes, provider: Provider, chunks: int, text_bytes: int) -> Pr
         chunks: Of the corpus, as many as were looked at.
         text_bytes: Of the texts of all of them.
     """
-    if sizes.share == 1 and in_flight_mb(provider, chunks, text_bytes) <= sizes.flying_mb:
+    # Not left to the division below, whose rounding would make calls a text smaller.
+    if in_flight_mb(provider, chunks, text_bytes) * MIB <= sizes.flying:
         return provider
     limits = provider.limits
     most = most_texts(

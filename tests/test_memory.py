@@ -121,8 +121,8 @@ def test_rows_of_the_index_count_too_and_a_verify_knows_no_limit(
     monkeypatch.setattr(tasks.memory, "KEY_BYTES", 50 * 2**20)
     narrow = survey(config, Overrides(narrow="a.md"), tmp_path / "narrow")
     assert (narrow.keyed.table.rows, narrow.indexed.rows) == (1, 3)
-    three, one = (sizes_for(MOST_MB, rows).room_mb for rows in (3, 1))
-    assert narrow.sizes.room_mb == three < one
+    flying = narrow.sizes.flying_mb
+    assert narrow.sizes == sizes_for(MOST_MB, 3, flying) != sizes_for(MOST_MB, 1, flying)
     monkeypatch.setattr(tasks.memory, "KEY_BYTES", 2**40)
     with pytest.raises(SettingsError, match=r"limits\.memory_mb"):
         survey(config, Overrides(), tmp_path / "run")
