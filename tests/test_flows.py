@@ -22,7 +22,6 @@ from prefect import flow
 from prefect.settings import PREFECT_API_URL
 
 import flows.reindex
-import tasks.memory
 from flows.embedding import FOLDS_AHEAD, embed_all
 from flows.plan import plan
 from flows.reindex import reindex, run, run_frame
@@ -517,10 +516,11 @@ def test_folding_twice_is_folding_once(home: Path) -> None:
 def test_what_comes_in_while_answers_are_folded_is_folded_together(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count, vector_bytes, limit = 4000, 4 * 1024, 640
+    count, vector_bytes, limit = 6000, 4 * 1024, 640
     settings = (
         "embedding.dimension=1024",
-        "limits.texts_per_request=50",
+        "limits.concurrency=32",
+        "limits.texts_per_request=1000",  # as many as there is room for
         f"limits.memory_mb={limit}",
         "source={kind: table, path: frame.arrow}",
     )
@@ -537,12 +537,12 @@ def test_what_comes_in_while_answers_are_folded_is_folded_together(
         return remember(cache, tables)
 
     monkeypatch.setattr(Cache, "remember", slowly)
-    monkeypatch.setattr(tasks.memory, "OTHERS_MB", 1000)  # so small a corpus is folded in parts
     done = run_frame(str(home / "notes.yaml"), frame, Overrides(settings=list(settings)))
-    a_fold = sizes_for(limit, count, 0).folded / vector_bytes
+    a_fold, a_call = sizes_for(limit, count).folded / vector_bytes, count / done.calls.ok
+    print("folds", folds, "of", a_fold, "calls of", a_call)
     assert sum(folds) == done.texts.embedded == count
     assert len(folds) < 0.7 * count / a_fold
-    assert max(folds) <= FOLDS_AHEAD * a_fold + 50  # a call's texts come at once
+    assert max(folds) <= FOLDS_AHEAD * a_fold + a_call
 
 
 def test_what_another_living_run_has_paid_for_is_not_paid_for_again(home: Path) -> None:
