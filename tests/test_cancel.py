@@ -30,6 +30,7 @@ from tasks.providers.lexical import Lexical
 from tasks.providers.voyage import Voyage
 from tasks.sender import Sender, Terms, forget_sender, sender_of
 from tasks.simulator import Latency, Rule, Settings, Simulator
+from tests.waiting import until
 
 KEY = "pa-any"
 TEXTS = 120
@@ -107,13 +108,6 @@ class Home:
         return self.runs()[-1]
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.02)
-
-
 @contextmanager
 def simulated(folder: Path, environment: dict[str, str], python: list[str]) -> Iterator[Home]:
     settings = Settings(keys=frozenset([KEY]), latency=Latency(base_s=1))
@@ -172,7 +166,7 @@ def test_a_call_in_flight_can_be_given_up(monkeypatch: pytest.MonkeyPatch) -> No
 
         thread = threading.Thread(target=call)
         thread.start()
-        wait_for(lambda: simulator.ledger.arrivals, 20)
+        until(lambda: simulator.ledger.arrivals, 20)
         provider.give_up()
         thread.join(5)
         assert ended == ["ProviderBusy"]
@@ -251,10 +245,10 @@ def test_a_signal_cancels_and_the_next_run_pays_for_the_rest(
     home: Home, slowed: Callable[[Simulator], int], number: int
 ) -> None:
     process = home.start()
-    wait_for(lambda: home.ok >= 12)
+    until(lambda: home.ok >= 12)
     sent = slowed(home.simulator)
     process.send_signal(number)
-    wait_for(lambda: home.ok >= sent)
+    until(lambda: home.ok >= sent)
     answered = time.monotonic()
     said = process.communicate(timeout=120)[1]
     assert said == "embed-once: cancelled; what was paid for is kept, run again.\n"
@@ -276,7 +270,7 @@ def test_a_slow_answer_in_flight_is_waited_for(
 ) -> None:
     home.simulator.add(Rule(action="slow", seconds=15, requests=frozenset({20})))
     process = home.start()
-    wait_for(lambda: home.calls >= 22)
+    until(lambda: home.calls >= 22)
     sent = slowed(home.simulator)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
@@ -290,10 +284,10 @@ def test_a_slow_answer_in_flight_is_waited_for(
 def test_an_answer_that_does_not_come_holds_nobody_longer_than_prefect_allows(home: Home) -> None:
     home.simulator.add(Rule(action="hang", seconds=100, requests=frozenset({20})))
     process = home.start()
-    wait_for(lambda: home.calls >= 24)
+    until(lambda: home.calls >= 24)
     process.send_signal(signal.SIGINT)
     signalled = time.monotonic()
-    wait_for(home.runs)
+    until(home.runs)
     assert 19 < time.monotonic() - signalled < 30  # then Prefect kills it
     process.communicate(timeout=120)
     assert process.returncode == 130
@@ -320,10 +314,10 @@ def impatiently(process: "subprocess.Popen[str]") -> str:
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_and_loses_nothing(home: Home) -> None:
     process = home.start()
-    wait_for(lambda: home.ok >= 3)
+    until(lambda: home.ok >= 3)
     home.simulator.change(latency=Latency(base_s=60))
     calls = home.calls
-    wait_for(lambda: home.calls >= calls + 2)
+    until(lambda: home.calls >= calls + 2)
     pressed = time.monotonic()
     process.send_signal(signal.SIGINT)
     said = impatiently(process)
@@ -340,7 +334,7 @@ def test_a_second_ctrl_c_ends_at_once_and_loses_nothing(home: Home) -> None:
 @pytest.mark.slow
 def test_who_waits_for_a_limit_or_a_retry_ends_at_once(home: Home) -> None:
     process = home.start("limits.requests_per_minute=3", "limits.tier=free")
-    wait_for(lambda: home.ok >= 2)
+    until(lambda: home.ok >= 2)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     signalled = time.monotonic()
@@ -349,7 +343,7 @@ def test_who_waits_for_a_limit_or_a_retry_ends_at_once(home: Home) -> None:
 
     home.simulator.add(Rule(status=503))
     process = home.start()
-    wait_for(
+    until(
         lambda: any(call.attempt == 6 for call in home.noted())
     )  # the next one comes after 16 to 48 s
     process.send_signal(signal.SIGINT)
@@ -363,7 +357,7 @@ def test_what_is_being_published_is_published(home: Home) -> None:
     home.write(60_000)
     lexical = ("embedding={provider: lexical, dimension: 256}", "limits.texts_per_request=1000")
     process = home.start(*lexical, stderr=subprocess.PIPE)
-    wait_for((home.folder / "index" / "birds.committing").exists, 250)
+    until((home.folder / "index" / "birds.committing").exists, 250)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=200)[1]
     assert process.returncode == 0, said
@@ -384,7 +378,7 @@ def test_no_process_stays_behind(no_server: Home, way: str) -> None:
     os.close(theirs)
     read = threading.Thread(target=drained, args=(ours,), daemon=True)
     read.start()
-    wait_for(lambda: no_server.ok >= 6, 200)
+    until(lambda: no_server.ok >= 6, 200)
     server = servers_of(process.pid)
     assert len(server) == 1
     if way == "ctrl-c":
@@ -399,7 +393,7 @@ def test_no_process_stays_behind(no_server: Home, way: str) -> None:
         time.sleep(0.3)
         process.send_signal(signal.SIGHUP)  # the shell sends it as well
     process.wait(120)
-    wait_for(lambda: not Path(f"/proc/{server[0]}").exists())
+    until(lambda: not Path(f"/proc/{server[0]}").exists())
     if way != "killed":
         assert process.returncode == 130
         assert no_server.runs()[0]["state"] == "cancelled"
@@ -410,7 +404,7 @@ def test_no_process_stays_behind(no_server: Home, way: str) -> None:
 def test_a_run_whose_prefect_server_is_gone_comes_to_its_end(no_server: Home) -> None:
     no_server.environment["PREFECT_CLIENT_MAX_RETRIES"] = "1"  # each takes a minute by default
     process = no_server.start()
-    wait_for(lambda: no_server.ok >= 6, 200)
+    until(lambda: no_server.ok >= 6, 200)
     (server,) = servers_of(process.pid)
     os.kill(server, signal.SIGKILL)
     said = process.communicate(timeout=200)[1]

@@ -38,6 +38,7 @@ from tasks.recover import recover
 from tasks.schemas import BATCH, Batch, TableRef
 from tasks.sender import Terms, forget_sender, sender_of
 from tasks.storage import storage_at
+from tests.waiting import until
 
 WORDS = ["alpha", "beta", "gamma"]
 LIMITS = Limits(None, None, 1000, None, 1)
@@ -338,14 +339,6 @@ def embedding(tmp_path: Path, ref: Ref) -> Iterator[Callable[..., Embedding]]:
         yield make
 
 
-def soon(condition: Callable[[], bool]) -> bool:
-    """Whether it holds within a minute."""
-    end = time.monotonic() + 60
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.005)
-    return condition()
-
-
 def texts_of(embedded: Embedded) -> tuple[int, list[bytes]]:
     return embedded.texts, embedded.found.to_pylist()
 
@@ -357,10 +350,10 @@ def test_a_text_that_another_run_is_sending_is_waited_for_and_not_sent(
     one, two = embedding("one", first), embedding("two", second)
     second.open.set()
     sending = one.start("alpha", "beta")
-    assert soon(lambda: first.calls == [["alpha", "beta"]])
+    until(lambda: first.calls == [["alpha", "beta"]])
     waiting = two.start("beta", "gamma", "alpha")
     # What is its own goes first; meanwhile it holds neither slot nor turn, nor a claim.
-    assert soon(lambda: second.calls == [["gamma"]])
+    until(lambda: second.calls == [["gamma"]])
     assert two.start("delta").result(10).texts == 1
     assert claims_in(two.terms.folder) == []
     assert not waiting.done()
@@ -381,7 +374,7 @@ def test_what_another_run_could_not_embed_is_embedded_here(
     first.busy = True
     second.open.set()
     sending = one.start(*WORDS)
-    assert soon(lambda: len(first.calls) == 1)
+    until(lambda: len(first.calls) == 1)
     waiting = two.start(*WORDS)
     time.sleep(0.2)
     first.open.set()
@@ -400,7 +393,7 @@ def test_a_run_that_is_stopped_waits_for_others_no_longer(
     first = gate()
     one, two = embedding("one", first), embedding("two", gate())
     sending = one.start(*WORDS)
-    assert soon(lambda: len(first.calls) == 1)
+    until(lambda: len(first.calls) == 1)
     waiting = two.start(*WORDS)
     time.sleep(0.1)
     stopped = time.monotonic()
@@ -425,9 +418,9 @@ def test_a_long_wait_for_another_run_is_told_once_and_is_no_outage(
     one, two = embedding("one", first), embedding("two", second)
     two.terms = Terms(second, two.terms.folder, 0.0, max_wait_s=0.1)
     sending = one.start(*WORDS)
-    assert soon(lambda: len(first.calls) == 1)
+    until(lambda: len(first.calls) == 1)
     waiting = [two.start("alpha"), two.start("beta")]
-    assert soon(lambda: len(told) == 1)
+    until(lambda: len(told) == 1)
     time.sleep(0.3)
     first.open.set()
     assert [each.result(10).texts for each in (*waiting, sending)] == [0, 0, 3]

@@ -42,6 +42,7 @@ from tasks.providers.lexical import Lexical
 from tasks.quarantine import quarantined
 from tasks.simulator import Rule, Settings, Simulator
 from tasks.stream import StreamPart
+from tests.waiting import until
 
 DIMENSION = 256
 BAD = "a text with the poison in it"
@@ -833,10 +834,7 @@ def test_where_the_cache_takes_nothing_no_more_is_paid_and_what_was_is_kept(
     monkeypatch.setattr("tasks.flights.FOLD_BYTES", 1)
     with BatchEmbedder(values()) as embedder:
         embedder.embed_batch(texts(6))
-        deadline = time.monotonic() + 20
-        while disk.kept < 6:  # its folds are done behind its back
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: disk.kept >= 6)  # its folds are done behind its back
         disk.fails = True
         with suppress(StorageFailed):  # its fold fails behind its back, mostly when all is told
             embedder.embed_batch(texts(6, "kind0"))

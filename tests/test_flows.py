@@ -53,6 +53,7 @@ from tasks.providers import Answer, Space
 from tasks.providers.lexical import Lexical
 from tasks.summary import figure
 from tasks.survey import survey
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
@@ -205,13 +206,13 @@ def test_each_stage_is_a_task_of_the_flow_run(home: Path) -> None:
         "embed batch 2",
         "publish",
     }
-    names: set[str] = set()
-    deadline = time.monotonic() + 120  # the server writes task runs down with some delay
-    while not names >= wanted and time.monotonic() < deadline:
-        time.sleep(0.2)
+
+    def names() -> set[str]:
         found = api("task_runs/filter", flow_runs={"id": {"any_": [report.run_id]}})
-        names = {task["name"].rsplit("-", 1)[0] for task in found}
-    assert names >= wanted
+        return {task["name"].rsplit("-", 1)[0] for task in found}
+
+    # The server writes task runs down with some delay.
+    until(lambda: names() >= wanted, every=0.2)
 
 
 @pytest.mark.slow
@@ -219,12 +220,7 @@ def test_a_run_emits_one_event_with_its_counts(home: Path) -> None:
     report = reindexed(home)
     name = {"event": {"name": ["embedding.batch_generated"]}}
     resource = {"resource": {"id": [f"embed-once.run.{report.run_id}"]}}
-    events: list[dict[str, Any]] = []
-    deadline = time.monotonic() + 120
-    while not events and time.monotonic() < deadline:
-        time.sleep(0.2)
-        events = api("events/filter", filter={**name, **resource})["events"]
-    (event,) = events
+    (event,) = until(lambda: api("events/filter", filter={**name, **resource})["events"], every=0.2)
     assert event["payload"]["total_count"] == 4
     assert event["payload"]["api_calls"] == 2
     assert event["payload"]["cache_hits"] == 0
@@ -468,9 +464,7 @@ def test_a_killed_run_costs_nothing_but_what_was_in_flight(home: Path) -> None:
         start_new_session=True,
     )
     answers = home / "state" / "runs"
-    deadline = time.monotonic() + 200
-    while len(list(answers.glob("*/answers/*.arrow"))) < 20 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: len(list(answers.glob("*/answers/*.arrow"))) >= 20, 200)
     process.send_signal(signal.SIGKILL)
     process.wait()
     paid = len(list(answers.glob("*/answers/*.arrow")))

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tasks.ledger import Ledger
 from tasks.params import load_config
 from tasks.simulator import Latency, Settings, Simulator
 from tasks.storage import storage_at
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -106,9 +106,7 @@ def test_two_runs_started_together_pay_for_their_corpus_once_and_share_the_work(
 
     home.simulator.change(latency=Latency(base_s=10))  # until both are there
     processes = {table: home.start(table) for table in ("one", "two")}
-    deadline = time.monotonic() + 120
-    while len(home.living()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: len(home.living()) == 2)
     home.simulator.change(latency=LATENCY)
     reports = [home.finished(table, process) for table, process in processes.items()]
 
@@ -133,12 +131,10 @@ def test_two_runs_started_together_pay_for_their_corpus_once_and_share_the_work(
 def test_a_run_that_is_killed_holds_up_none_of_the_others(home: Home) -> None:
     home.simulator.change(latency=Latency(base_s=10))  # until all are there
     processes = {table: home.start(table) for table in ("one", "two", "killed")}
-    killed, deadline = processes.pop("killed"), time.monotonic() + 120
-    while len(home.living()) < 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    killed = processes.pop("killed")
+    until(lambda: len(home.living()) == 3)
     home.simulator.change(latency=LATENCY)
-    while home.answers(killed) < 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: home.answers(killed) >= 3)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert 0 < home.billed < TEXTS

@@ -30,6 +30,7 @@ from tasks.params import Index
 from tasks.providers.lexical import Lexical
 from tasks.recover import Recovered, recover
 from tasks.storage import Holder, Taken, local_folder, storage_at
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["alpha", "beta", "gamma"]
@@ -359,19 +360,12 @@ def half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return data / "half.lance"
 
 
-def asked_within(disk: Disk, what: tuple[str, str], seconds: float = 60) -> bool:
-    ends = time.monotonic() + seconds
-    while what not in disk.asked and time.monotonic() < ends:
-        time.sleep(0.01)
-    return what in disk.asked
-
-
 def test_what_a_commit_writes_is_synced_while_it_is_written(
     tmp_path: Path, half_written: Path, disk: Disk
 ) -> None:
     with durable(str(tmp_path), "t"):
         half_written.write_bytes(b"half")
-        assert asked_within(disk, ("sync", "half.lance"))
+        until(lambda: ("sync", "half.lance") in disk.asked)
 
 
 def test_an_error_that_the_system_tells_meanwhile_is_not_lost(
@@ -382,7 +376,7 @@ def test_an_error_that_the_system_tells_meanwhile_is_not_lost(
     def commit() -> None:
         with durable(str(tmp_path), "t"):
             half_written.write_bytes(b"half")
-            assert asked_within(disk, ("failed", "half.lance"))
+            until(lambda: ("failed", "half.lance") in disk.asked)
             disk.fails.clear()
 
     disk.fails.add("half.lance")

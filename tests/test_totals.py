@@ -23,6 +23,7 @@ from tasks.params import load_config
 from tasks.search import search
 from tasks.simulator import Rule, Settings, Simulator
 from tasks.verify import verify
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
@@ -218,9 +219,7 @@ def test_of_a_run_that_was_killed_only_calls_in_flight_are_unknown(
         env={**os.environ, "PREFECT_API_URL": prefect_api},
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    while household.simulator.ledger.totals()["ok"] < 9 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: household.simulator.ledger.totals()["ok"] >= 9)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     time.sleep(1)  # until the simulator has answered what was in flight
@@ -250,9 +249,7 @@ def test_a_run_that_was_cancelled_is_billed_as_the_ledger_says(
         env={**os.environ, "PREFECT_API_URL": prefect_api},
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    while household.simulator.ledger.totals()["ok"] < 9 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: household.simulator.ledger.totals()["ok"] >= 9)
     household.simulator.change(latency={"base_s": 5})  # it cannot end before it is told
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 130

@@ -19,6 +19,7 @@ import pytest
 from tasks.history import history
 from tasks.params import load_config
 from tasks.simulator import Latency, Settings, Simulator
+from tests.waiting import until
 
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 QUIET = ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
@@ -153,12 +154,7 @@ class Served:
     @staticmethod
     def wait_for(condition: Callable[[], Any]) -> Any:
         """What `condition` returns once it holds."""
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            if found := condition():
-                return found
-            time.sleep(0.5)
-        raise TimeoutError(f"nothing came within {PATIENCE_S} s")
+        return until(condition, PATIENCE_S, every=0.5)
 
 
 def answers(url: str) -> bool:
