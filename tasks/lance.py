@@ -284,6 +284,50 @@ def read_where(
             yield from rows.to_arrow().filter(pa.array(keep)).to_batches()
 
 
+def replace_rows(table: Table, key: str, leaving: Wanted, new: pa.RecordBatchReader | None) -> None:
+    """Take rows out of `table` and put others in, in one commit that costs what these rows cost.
+
+    LanceDB's own merge (0.40) reads and holds every column of the table where rows leave: for
+    100,000 rows of 1,024 floats 540 MB and 0.9 s; this took 100 MB and 0.1 s for 2,000 of them.
+
+    Args:
+        table: At its newest version.
+        key: The column that tells which rows leave.
+        leaving: Says so for each of its values.
+        new: What comes, of the schema of the table; None: nothing.
+    """
+    # Not where no row leaves: it takes 25 MB.
+    import lance  # noqa: PLC0415
+    from lance.fragment import write_fragments  # noqa: PLC0415
+
+    dataset = table.to_lance()
+    fragments = {each.fragment_id: each for each in dataset.get_fragments()}
+    update = lance.LanceOperation.Update()
+    for number, offsets in _by_fragment(dataset, key, leaving):
+        left = fragments[number].delete_rows(offsets.tolist())
+        if left is None:
+            update.removed_fragment_ids.append(number)
+        else:
+            update.updated_fragments.append(left)
+    if new is not None:
+        update.new_fragments = write_fragments(new, dataset, schema=new.schema)
+    lance.LanceDataset.commit(dataset, update, read_version=dataset.version)
+    table.checkout_latest()  # type: ignore[no-untyped-call]
+
+
+def _by_fragment(
+    dataset: Any, key: str, leaving: Wanted
+) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
+    """The rows whose `key` is leaving: the number of a fragment, and which rows of it."""
+    batches = dataset.scanner(columns=[key], with_row_address=True).to_batches()
+    found = [each.column("_rowaddr").to_numpy()[leaving(each.column(key))] for each in batches]
+    addresses = np.sort(np.concatenate([np.zeros(0, np.uint64), *found]))
+    # An address is the fragment in its upper half and the row in its lower one.
+    fragments, starts = np.unique(addresses >> np.uint64(32), return_index=True)
+    rows = np.split(addresses & np.uint64(2**32 - 1), starts[1:])
+    yield from zip(fragments.tolist(), rows, strict=False)
+
+
 def data_bytes(table: Table) -> int:
     """Bytes on disk of the columns of the newest version; search indexes do not count.
 

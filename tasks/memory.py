@@ -25,8 +25,6 @@ LEAST_MB = 100
 """Less than that for all pieces together would make calls and commits too small to be of use."""
 FEWEST_MB = 640
 """Enough for 200,000 chunks; no limit may be less."""
-MOST_MB = 1536
-"""More makes only those runs faster that change rows of a large index and delete others."""
 FLYING_MB = 512
 """Most for all calls in flight: with more of them the account or the processor is the limit."""
 OTHERS_MB = 150
@@ -59,7 +57,7 @@ class Sizes:
     """
 
     share: float = 1.0
-    room_mb: float = MOST_MB - BASE_MB
+    room_mb: float = FLYING_MB + OTHERS_MB
     flying_mb: float = FLYING_MB
 
     @property
@@ -86,16 +84,6 @@ class Sizes:
     def grown(self) -> int:
         """By so much it may grow before it looks again."""
         return int(min(128, self.room_mb / 4) * MIB)
-
-    @property
-    def merged(self) -> int:
-        """Changed rows with their vectors that are merged, each held some times over."""
-        return int(self.room_mb / 8 * MIB)
-
-    @property
-    def joined(self) -> int:
-        """Of an index that a merge may hold whole."""
-        return int(self.room_mb * MIB)
 
 
 MOST = Sizes()

@@ -27,22 +27,16 @@ from tasks.index import (
     writing_index,
 )
 from tasks.keys import KeySet, digest_column, first_of_each
-from tasks.lance import data_bytes, quoted, read_where
+from tasks.lance import Wanted, read_where, replace_rows
 from tasks.memory import MOST, Sizes, give_back
 from tasks.params import Index
 from tasks.schemas import DELETIONS, HASH, TableRef, metadata_fields, rows_schema
 from tasks.stage import stage
 from tasks.tidy import cover, make_room, tidy, unharmed
 
-MERGE_BYTES = 128 * 2**20
-"""Most bytes of changed rows, with vectors, that are merged; beyond, the table is written anew.
-
-A merge holds them some times over (100k rows of 1024 floats: 745 MB; 300k of 64 floats with texts
-of 800 characters: 500 MB), an overwrite streams (465 MB, flat). With less memory for the run it is
-less.
-"""
-MERGE_DELETIONS = 50_000
-"""Most ids in one delete predicate; 50,000 took 1.8 s."""
+MERGE_ROWS = 1_000_000
+"""Most rows that leave or change in one merge, which holds 50 bytes for each; beyond, the table is
+written anew."""
 
 Way = Literal["none", "create", "add", "merge", "overwrite"]
 
@@ -87,7 +81,7 @@ def publish(
         identity: Space and splitter of the new generation.
         cache: Holds the vector of each row.
         run_id: Stands in each row that is written.
-        sizes: How much of the rows is held at once; more than may be merged is written anew.
+        sizes: How much of the rows is held at once.
         anew: Write the table anew at any rate: a merge cannot tell two rows of one id apart.
 
     Raises:
@@ -102,21 +96,13 @@ def publish(
     table = open_index(index)
     schema = identity.schema(_in_order_of(table, metadata))
     gone = deletions.load(DELETIONS).column("id")
-    way = _way(
-        table,
-        schema,
-        staged,
-        updates,
-        len(gone),
-        sizes=sizes,
-        vector_bytes=cache.space.vector_bytes,
-    )
+    replaced = updates + len(gone)
+    way = _way(table, schema, rows.rows, replaced)
     if anew and table is not None:
         way = "overwrite"
     if way == "none":
         return _nothing_new(table)
     with unharmed():
-        replaced = updates + len(gone)
         writes = None if way == "overwrite" else rows.rows
         make_room(index, cache, run_id, writes=writes, leaves=replaced)
     table = open_index(index)
@@ -133,16 +119,14 @@ def publish(
             table = _create(index, schema, new, rows.rows, held)
             expected = rows.rows
         else:
-            expected = table.count_rows() + rows.rows - updates - len(gone)
+            expected = table.count_rows() + rows.rows - replaced
             before = table.version
             if way == "add":
                 table.add(new)
             elif way == "merge":
-                _merge(table, new, gone.to_pylist())
+                replace_rows(table, "id", _leaving(staged, gone), new if rows.rows else None)
             else:
-                table = _overwrite(
-                    table, index, schema=schema, new=new, rows=rows, deletions=deletions
-                )
+                table = _overwrite(table, index, schema, new, _leaving(staged, gone))
             _require_rows(table, before, expected, held)
         newest = tag_generation(table)
     return Published(way, newest.number, newest.version, expected)
@@ -183,41 +167,16 @@ def _nothing_new(table: Table | None) -> Published:
     return Published("none", known[-1].number, known[-1].version, table.count_rows())
 
 
-def _way(
-    table: Table | None,
-    schema: pa.Schema,
-    staged: pa.Table,
-    updates: int,
-    deletions: int,
-    *,
-    sizes: Sizes,
-    vector_bytes: int,
-) -> Way:
-    rows = staged.num_rows
+def _way(table: Table | None, schema: pa.Schema, rows: int, replaced: int) -> Way:
     if table is None:
         return "create" if rows else "none"
     if not table.schema.equals(schema, check_metadata=True):
         return "overwrite"
-    if not rows and not deletions:
+    if not rows and not replaced:
         return "none"
-    if not updates and not deletions:
+    if not replaced:
         return "add"
-    joined = _bytes(table, vector_bytes) if rows and deletions else 0
-    heavy = rows * vector_bytes + staged.nbytes > min(MERGE_BYTES, sizes.merged)
-    if heavy or deletions > MERGE_DELETIONS or joined > sizes.joined:
-        return "overwrite"
-    return "merge"
-
-
-def _bytes(table: Table, vector_bytes: int) -> int:
-    """What LanceDB holds where rows change and others leave in one merge: all of the table.
-
-    It reads every column then: a merge of 2,000 rows of 1,024 floats took 300 MB without a
-    deletion, whatever the table, and with one 500, 710 and 1,150 MB for 50, 100 and 200 thousand.
-    What is no vector lies compressed on disk, texts to about a half.
-    """
-    vectors = vector_bytes * table.count_rows()
-    return vectors + 2 * max(0, data_bytes(table) - vectors)
+    return "overwrite" if replaced > MERGE_ROWS else "merge"
 
 
 def _create(
@@ -241,35 +200,20 @@ def _create(
     return table
 
 
-def _merge(table: Table, new: pa.RecordBatchReader, gone: list[str]) -> None:
-    rows = new.read_all()
-    if not rows.num_rows:
-        table.delete(f"id IN ({', '.join(map(quoted, gone))})")
-        return
-    merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-    if gone:
-        ids = ", ".join(map(quoted, gone))
-        merge = merge.when_not_matched_by_source_delete(f"id IN ({ids})")
-    merge.execute(rows)
+def _leaving(staged: pa.Table, gone: pa.ChunkedArray) -> Wanted:
+    """Of ids of the index those that are deleted, or written again."""
+    ids = pa.chunked_array([*staged.column("id").chunks, *gone.chunks], pa.utf8())
+    keys = KeySet(digest_column(ids))
+    return lambda found: keys.holds(digest_column(found))
 
 
 def _overwrite(
-    table: Table,
-    index: Index,
-    *,
-    schema: pa.Schema,
-    new: pa.RecordBatchReader,
-    rows: TableRef,
-    deletions: TableRef,
+    table: Table, index: Index, schema: pa.Schema, new: pa.RecordBatchReader, leaving: Wanted
 ) -> Table:
     """Write the table anew: its rows that stay, then the new ones. Old versions stay readable."""
-    metadata = metadata_fields(rows.schema())
-    written = rows.load(rows_schema(metadata)).column("id").chunks
-    leaving = [*written, *deletions.load(DELETIONS).column("id").chunks]
-    keys = KeySet(digest_column(pa.chunked_array(leaving, pa.utf8())))
 
     def stream() -> Iterator[pa.RecordBatch]:
-        for batch in read_where(table, "id", lambda ids: ~keys.holds(digest_column(ids))):
+        for batch in read_where(table, "id", lambda ids: ~leaving(ids)):
             yield _fitted(batch, schema)
         yield from new
 

@@ -269,7 +269,7 @@ def test_readers_see_whole_generations_whatever_happens(
         elif way == "maintain":
             maintain(library.config)
         else:
-            monkeypatch.setattr(tasks.publish, "MERGE_BYTES", 0 if way == "overwrite" else 2**30)
+            monkeypatch.setattr(tasks.publish, "MERGE_ROWS", 0 if way == "overwrite" else 2**30)
             assert library.reindex(after).published.way == way
             maintain(library.config)
     assert reader.failed == []

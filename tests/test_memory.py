@@ -25,7 +25,6 @@ from tasks.memory import (
     FLYING_MB,
     LEAST_MB,
     MOST,
-    MOST_MB,
     OTHERS_MB,
     default_mb,
     estimated_bytes,
@@ -38,29 +37,28 @@ from tasks.providers.lexical import Lexical
 from tasks.survey import survey
 
 CORPUS = 12_000
+ENOUGH_MB = BASE_MB + FLYING_MB + OTHERS_MB
 
 
 def lexical(texts: int, concurrency: int = 8) -> Lexical:
     return Lexical(1024, Limits(None, None, texts, None, concurrency))
 
 
-def test_more_memory_than_makes_a_run_faster_lets_larger_tables_be_merged_and_no_more() -> None:
-    assert sizes_for(MOST_MB, 0) == MOST
+def test_more_memory_than_makes_a_run_faster_makes_no_piece_larger() -> None:
+    assert sizes_for(ENOUGH_MB, 0) == MOST
     more = sizes_for(100_000, 1_000_000)
     assert (more.flying, more.folded, more.written) == (MOST.flying, MOST.folded, MOST.written)
-    assert more.joined > 50 * MOST.joined
+    assert (more.kept, more.grown) == (MOST.kept, MOST.grown)
 
 
 def test_less_memory_or_more_chunks_make_all_pieces_smaller() -> None:
-    enough = BASE_MB + FLYING_MB + OTHERS_MB
-    whole, half = sizes_for(enough, 0), sizes_for((BASE_MB + enough) // 2, 0)
+    whole, half = sizes_for(ENOUGH_MB, 0), sizes_for((BASE_MB + ENOUGH_MB) // 2, 0)
     assert whole.share == 1
     assert half.share == pytest.approx(1 / 2)
     assert half.flying == pytest.approx(whole.flying / 2, rel=0.01)
     assert half.folded == pytest.approx(whole.folded / 2, rel=0.01)
     assert half.written == pytest.approx(whole.written / 2, rel=0.01)
-    assert half.merged == pytest.approx(whole.merged / 2, rel=0.01)
-    assert sizes_for(enough, 1_000_000).share < whole.share
+    assert sizes_for(ENOUGH_MB, 1_000_000).share < whole.share
 
 
 def test_calls_that_take_little_leave_more_to_all_else() -> None:
@@ -112,7 +110,7 @@ def test_rows_of_the_index_count_too_and_a_verify_knows_no_limit(
             "name": "docs",
             "source": {"kind": "files", "path": str(tmp_path / "docs")},
             "embedding": {"provider": "lexical", "dimension": 64},
-            "limits": {"memory_mb": MOST_MB},
+            "limits": {"memory_mb": ENOUGH_MB},
             "index": {"uri": str(tmp_path / "index"), "table": "t"},
             "state": {"uri": str(tmp_path / "state")},
         }
@@ -122,7 +120,7 @@ def test_rows_of_the_index_count_too_and_a_verify_knows_no_limit(
     narrow = survey(config, Overrides(narrow="a.md"), tmp_path / "narrow")
     assert (narrow.keyed.table.rows, narrow.indexed.rows) == (1, 3)
     flying = narrow.sizes.flying_mb
-    assert narrow.sizes == sizes_for(MOST_MB, 3, flying) != sizes_for(MOST_MB, 1, flying)
+    assert narrow.sizes == sizes_for(ENOUGH_MB, 3, flying) != sizes_for(ENOUGH_MB, 1, flying)
     monkeypatch.setattr(tasks.memory, "KEY_BYTES", 2**40)
     with pytest.raises(SettingsError, match=r"limits\.memory_mb"):
         survey(config, Overrides(), tmp_path / "run")

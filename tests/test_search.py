@@ -166,7 +166,7 @@ def test_an_overwrite_drops_the_indexes_and_search_goes_on(
 ) -> None:
     library.reindex(numbered())
     maintain(library.config)
-    monkeypatch.setattr(tasks.publish, "MERGE_BYTES", 0)
+    monkeypatch.setattr(tasks.publish, "MERGE_ROWS", 0)
     assert library.reindex({**numbered(), "id1": "quagga"}).published.way == "overwrite"
     assert text_index(table_of(library)) is vector_index(table_of(library)) is None
     assert search(library.config, "quagga", 1)[0].id == "id1"

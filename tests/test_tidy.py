@@ -118,9 +118,9 @@ def test_daily_changes_never_take_more_than_twice_the_live_bytes(
     library.reindex(corpus.texts)
     for day in range(1, 12):
         corpus.age(24)
-        way = {4: 0}.get(day, tasks.publish.MERGE_BYTES)
+        way = {4: 0}.get(day, tasks.publish.MERGE_ROWS)
         with monkeypatch.context() as patched, watched(library.config) as most:
-            patched.setattr(tasks.publish, "MERGE_BYTES", way)
+            patched.setattr(tasks.publish, "MERGE_ROWS", way)
             library.reindex(corpus.texts)
         bytes_live = live(library.config, tmp_path / "fresh")
         print(f"day {day}: {most[0]:,} bytes at most, {bytes_live:,} live")
@@ -143,14 +143,14 @@ def test_many_daily_runs_never_take_more_than_twice_the_live_bytes(
 ) -> None:
     corpus = Corpus(2000)
     library.reindex(corpus.texts)
-    worst, fewest, merge_bytes = 0.0, 5, tasks.publish.MERGE_BYTES
+    worst, fewest, merge_rows = 0.0, 5, tasks.publish.MERGE_ROWS
     ways, bytes_live = set(), 0
     for day in range(1, days + 1):
         if day % 7:
             corpus.age(20)
         else:
             corpus.add(20)
-        monkeypatch.setattr(tasks.publish, "MERGE_BYTES", merge_bytes if day % 10 else 0)
+        monkeypatch.setattr(tasks.publish, "MERGE_ROWS", merge_rows if day % 10 else 0)
         with watched(library.config) as most:
             ways.add(library.reindex(corpus.texts).published.way)
             if maintained and day % 5 == 0:

@@ -405,7 +405,7 @@ def test_nothing_is_found_however_a_table_was_published(
     place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, heavy: bool
 ) -> None:
     if heavy:
-        monkeypatch.setattr("tasks.publish.MERGE_BYTES", 0)
+        monkeypatch.setattr("tasks.publish.MERGE_ROWS", 0)
     at = place()
     for texts in (
         [*PARAGRAPHS, "one more"],  # an addition
