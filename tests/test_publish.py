@@ -20,7 +20,7 @@ from tasks.cache import Cache
 from tasks.errors import CorpusError, EmbedOnceError
 from tasks.index import Identity, generations, open_index
 from tasks.keys import NO_DOCUMENT, text_hash
-from tasks.lance import read_where
+from tasks.lance import read_where, replace_rows
 from tasks.memory import MOST, Sizes
 from tasks.params import Index
 from tasks.providers.lexical import Lexical
@@ -192,6 +192,33 @@ def test_deletions_alone_take_ids_of_any_characters(shelf: Shelf) -> None:
     shelf.publish(A, *odd)
     assert shelf.publish(delete=tuple(each[0] for each in odd)).way == "merge"
     shelf.holds(A)
+
+
+def test_rows_leave_fragments_whole_or_in_part(shelf: Shelf) -> None:
+    d, e = row("d", "delta"), row("e", "epsilon")
+    for rows in ((A,), (B, C), (d, e)):
+        assert shelf.publish(*rows).way in {"create", "add"}
+    changed = row("e", "eta")
+    assert shelf.publish(changed, delete=("a", "b")).way == "merge"
+    shelf.holds(C, d, changed)
+    assert shelf.publish(delete=("c", "d", "e")).way == "merge"
+    shelf.holds()
+
+
+def bytes_read() -> int:
+    """By this process, until now."""
+    told = Path("/proc/self/io").read_text(encoding="ascii")
+    return int(told.partition("rchar:")[2].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts what is read")
+def test_rows_that_stay_are_not_read_with_their_vectors(shelf: Shelf) -> None:
+    count = 9000
+    shelf.publish(*(row(f"id{n}", f"word{n}") for n in range(count)), batch_rows=4000)
+    table, before = shelf.table(), bytes_read()
+    replace_rows(table, "id", lambda ids: np.isin(ids.to_numpy(False), ["id7", "id9"]), None)
+    assert bytes_read() - before < count * 4 * shelf.provider.dimension / 10
+    assert table.count_rows() == count - 2
 
 
 def test_how_many_rows_leave_or_change_decides_between_merge_and_overwrite(
