@@ -284,7 +284,13 @@ def read_where(
             yield from rows.to_arrow().filter(pa.array(keep)).to_batches()
 
 
-def replace_rows(table: Table, key: str, leaving: Wanted, new: pa.RecordBatchReader | None) -> None:
+def replace_rows(
+    table: Table,
+    key: str,
+    leaving: Wanted,
+    new: pa.RecordBatchReader | None,
+    may_commit: Callable[[], None],
+) -> None:
     """Take rows out of `table` and put others in, in one commit that costs what these rows cost.
 
     LanceDB's own merge (0.40) reads and holds every column of the table where rows leave: for
@@ -295,12 +301,15 @@ def replace_rows(table: Table, key: str, leaving: Wanted, new: pa.RecordBatchRea
         key: The column that tells which rows leave.
         leaving: Says so for each of its values.
         new: What comes, of the schema of the table; None: nothing.
+        may_commit: Called right before the commit; if it raises, there is none.
     """
     # Not where no row leaves: it takes 25 MB.
     import lance  # noqa: PLC0415
     from lance.fragment import write_fragments  # noqa: PLC0415
 
-    dataset = table.to_lance()
+    # `table.to_lance()` takes what stands behind a question mark in a path for no part of it.
+    place = table.uri  # type: ignore[attr-defined] # of any table but a cloud one
+    dataset = lance.dataset(place, version=table.version)
     fragments = {each.fragment_id: each for each in dataset.get_fragments()}
     update = lance.LanceOperation.Update()
     for number, offsets in _by_fragment(dataset, key, leaving):
@@ -311,6 +320,7 @@ def replace_rows(table: Table, key: str, leaving: Wanted, new: pa.RecordBatchRea
             update.updated_fragments.append(left)
     if new is not None:
         update.new_fragments = write_fragments(new, dataset, schema=new.schema)
+    may_commit()
     lance.LanceDataset.commit(dataset, update, read_version=dataset.version)
     table.checkout_latest()  # type: ignore[no-untyped-call]
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Literal
 
 import lancedb
+import numpy as np
 import pyarrow as pa
 from lancedb.table import Table
 
@@ -27,16 +28,17 @@ from tasks.index import (
     writing_index,
 )
 from tasks.keys import KeySet, digest_column, first_of_each
-from tasks.lance import Wanted, read_where, replace_rows
+from tasks.lance import Wanted, read_batches, read_where, replace_rows
 from tasks.memory import MOST, Sizes, give_back
 from tasks.params import Index
 from tasks.schemas import DELETIONS, HASH, TableRef, metadata_fields, rows_schema
+from tasks.soundness import numbers
 from tasks.stage import stage
 from tasks.tidy import cover, make_room, tidy, unharmed
 
 MERGE_ROWS = 1_000_000
-"""Most rows that leave or change in one merge, which holds 50 bytes for each; beyond, the table is
-written anew."""
+"""Most rows that leave or change in one merge, which holds about 100 bytes for each; beyond, the
+table is written anew."""
 
 Way = Literal["none", "create", "add", "merge", "overwrite"]
 
@@ -109,7 +111,9 @@ def publish(
     # LanceDB writes the one before meanwhile.
     vectors = one_ahead(_with_vectors(rows, schema, cache, run_id, sizes))
     held = partial(require_held, index, run_id)
-    new = pa.RecordBatchReader.from_batches(schema, _then(vectors, held))
+    # Where LanceDB itself writes, it refuses NaN, and has to be stopped from committing.
+    stream = _finite(vectors) if way == "merge" else _then(vectors, held)
+    new = pa.RecordBatchReader.from_batches(schema, stream)
     with (
         still_held(index, run_id),
         writing_index(index),
@@ -124,7 +128,8 @@ def publish(
             if way == "add":
                 table.add(new)
             elif way == "merge":
-                replace_rows(table, "id", _leaving(staged, gone), new if rows.rows else None)
+                coming = new if rows.rows else None
+                replace_rows(table, "id", _leaving(staged, gone), coming, held)
             else:
                 table = _overwrite(table, index, schema, new, _leaving(staged, gone))
             _require_rows(table, before, expected, held)
@@ -256,6 +261,14 @@ def _then(batches: Iterator[pa.RecordBatch], check: Callable[[], None]) -> Itera
     check()
 
 
+def _finite(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """`batches`, if all their vectors are finite."""
+    for batch in batches:
+        if not np.isfinite(numbers(batch.column("vector"))).all():
+            raise EmbedOnceError("a vector in the cache is not finite, see `embed-once verify`")
+        yield batch
+
+
 def _refuse_repeated(ids: pa.ChunkedArray) -> None:
     """The primary key does not stop duplicates inside one commit, so this does."""
     keys = pa.chunked_array([digest_column(chunk) for chunk in ids.chunks], HASH)
@@ -272,12 +285,20 @@ def _require_rows(
 ) -> None:
     """Undo a commit that did not bring what it should."""
     found = table.count_rows()
-    if found == expected:
+    once = table.version == before + 1 or _once(table)
+    if found == expected and once:
         return
     require_held()  # else it may be the commit of another run
     table.checkout(before)
     table.restore()
     raise EmbedOnceError(
-        f"The commit left {found} rows in the index instead of {expected}; version {before} was "
-        "restored. Something else may be writing to this table: see that only embed-once does."
+        f"The commit left {found} rows in the index instead of {expected}, or an id twice; "
+        f"version {before} was restored. Something else may be writing to this table: see that "
+        "only embed-once does."
     )
+
+
+def _once(table: Table) -> bool:
+    """Whether each id stands in `table` once; another writer may have added what we did, too."""
+    keys = [digest_column(each.column("id")) for each in read_batches(table, 8192, ["id"])]
+    return len(first_of_each(pa.chunked_array(keys, HASH))) == table.count_rows()

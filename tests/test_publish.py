@@ -8,6 +8,7 @@ from typing import Any
 
 import lancedb
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -17,8 +18,8 @@ from lancedb.table import Table
 import tasks.lance
 import tasks.publish
 from tasks.cache import Cache
-from tasks.errors import CorpusError, EmbedOnceError
-from tasks.index import Identity, generations, open_index
+from tasks.errors import CorpusError, EmbedOnceError, LockLost
+from tasks.index import Identity, generations, open_index, require_held
 from tasks.keys import NO_DOCUMENT, text_hash
 from tasks.lance import read_where, replace_rows
 from tasks.memory import MOST, Sizes
@@ -135,6 +136,10 @@ def always_overwrite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks.publish, "MERGE_ROWS", 0)
 
 
+def every(values: pa.Array) -> npt.NDArray[np.bool_]:
+    return np.ones(len(values), np.bool_)
+
+
 A, B, C = row("a", "alpha"), row("b", "beta"), row("c", "gamma", None, None)
 
 
@@ -216,9 +221,76 @@ def test_rows_that_stay_are_not_read_with_their_vectors(shelf: Shelf) -> None:
     count = 9000
     shelf.publish(*(row(f"id{n}", f"word{n}") for n in range(count)), batch_rows=4000)
     table, before = shelf.table(), bytes_read()
-    replace_rows(table, "id", lambda ids: np.isin(ids.to_numpy(False), ["id7", "id9"]), None)
+    replace_rows(
+        table, "id", lambda ids: np.isin(ids.to_numpy(False), ["id7", "id9"]), None, lambda: None
+    )
     assert bytes_read() - before < count * 4 * shelf.provider.dimension / 10
     assert table.count_rows() == count - 2
+
+
+def test_a_lock_that_is_lost_before_the_commit_of_a_merge_prevents_it(shelf: Shelf) -> None:
+    shelf.publish(A, B)
+
+    def lost() -> None:
+        raise LockLost("Another run has taken it over.")
+
+    with pytest.raises(LockLost):
+        replace_rows(shelf.table(), "id", every, None, lost)
+    assert shelf.versions() == 1
+    shelf.holds(A, B)
+
+
+@pytest.mark.parametrize("name", ["a?b", "a#b", "a%20b", "a;b", "ä b"])
+def test_a_merge_finds_its_table_in_a_folder_of_any_name(shelf: Shelf, name: str) -> None:
+    shelf.index = shelf.index.model_copy(update={"uri": f"{shelf.index.uri}/{name}"})
+    shelf.publish(A, B)
+    changed = row("a", "delta")
+    assert shelf.publish(changed, delete=("b",)).way == "merge"
+    shelf.holds(changed)
+
+
+@pytest.mark.parametrize("way", ["add", "merge", "overwrite"])
+def test_a_vector_that_is_no_number_is_never_published(
+    shelf: Shelf, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.publish(A)
+    monkeypatch.setattr(tasks.publish, "MERGE_ROWS", 0 if way == "overwrite" else 10)
+    shelf.cache.remember([shelf.paid("broken")])
+    stored = shelf.cache.table()
+    assert stored is not None
+    rows = stored.to_arrow()
+    nothing = [[float("nan")] * shelf.provider.dimension] * rows.num_rows
+    at, vector = rows.schema.get_field_index("vector"), rows.schema.field("vector")
+    spoiled = rows.set_column(at, vector, pa.array(nothing, vector.type)).to_reader()
+    replace_rows(stored, "text_hash", every, spoiled, lambda: None)
+    with pytest.raises(EmbedOnceError, match=r"not finite|NaN"):
+        shelf.publish(row("b" if way == "add" else "a", "broken"), known=False)
+    assert shelf.versions() == 1
+    shelf.holds(A)
+
+
+def test_a_merge_that_another_writer_crossed_leaves_no_id_twice(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = row("d", "delta")
+    shelf.publish(A)
+    shelf.publish(B)
+    shelf.publish(C)
+    other = shelf.table()
+    theirs = other.to_arrow().slice(0, 1).set_column(0, other.schema.field("id"), pa.array(["d"]))
+
+    def meanwhile(*lock: Any) -> None:
+        require_held(*lock)
+        if other.version == 3:  # the counts are as they should be
+            other.delete("id = 'a'")
+            other.add(theirs)
+
+    shelf.cache.remember([shelf.paid("delta")])
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks.publish, "require_held", meanwhile)
+        with pytest.raises(EmbedOnceError, match="an id twice"):
+            shelf.publish(d, delete=("b",))
+    shelf.holds(A, B, C)
 
 
 def test_how_many_rows_leave_or_change_decides_between_merge_and_overwrite(
@@ -239,7 +311,7 @@ def test_a_table_of_long_texts_is_copied_a_few_rows_at_a_time(
     ]
     shelf.publish(*long)
     monkeypatch.setattr(tasks.lance, "WINDOW_BYTES", 12 * 20_000)  # they compress to that
-    read = list(read_where(shelf.table(), "id", lambda ids: np.ones(len(ids), np.bool_)))
+    read = list(read_where(shelf.table(), "id", every))
     assert sum(batch.num_rows for batch in read) == 40
     assert max(batch.num_rows for batch in read) <= 12
     assert shelf.publish(row("00", "short"), delete=("07",)).way == "overwrite"
