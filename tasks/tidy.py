@@ -227,14 +227,13 @@ def prune(table: Table, since: int, index: Index, run_id: str) -> int:
         if since == table.version:
             age = BRIEFLY
         require_held(index, run_id)
-        try:
-            with durable(index.uri, index.table):
+        with durable(index.uri, index.table):  # what it put together before it was stopped, too
+            try:
                 table.optimize(cleanup_older_than=age, delete_unverified=is_local(index.uri))
-        except RuntimeError as error:
-            if "tagged version" not in str(error) or lateness == LATENESS_S[-1]:
-                raise
-        else:
-            break
+                break
+            except RuntimeError as error:
+                if "tagged version" not in str(error) or lateness == LATENESS_S[-1]:
+                    raise
     return max(before - shape_of(table).disk, 0)
 
 
