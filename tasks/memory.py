@@ -78,12 +78,12 @@ class Sizes:
     @property
     def kept(self) -> int:
         """Of what the process may hold in all before it looks for what it can give back."""
-        return BASE_MB * MIB + int(min(256, self.room_mb / 2) * MIB)
+        return BASE_MB * MIB + int(min(192, self.room_mb / 2) * MIB)
 
     @property
     def grown(self) -> int:
         """By so much it may grow before it looks again."""
-        return int(min(128, self.room_mb / 4) * MIB)
+        return int(min(96, self.room_mb / 4) * MIB)
 
 
 MOST = Sizes()
