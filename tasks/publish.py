@@ -4,7 +4,7 @@ Readers see the old rows or the new ones, never a mixture, whichever of the four
 run takes: create, add, merge or overwrite.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -271,13 +271,17 @@ def _finite(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 def _refuse_repeated(ids: pa.ChunkedArray) -> None:
     """The primary key does not stop duplicates inside one commit, so this does."""
-    keys = pa.chunked_array([digest_column(chunk) for chunk in ids.chunks], HASH)
-    once = len(first_of_each(keys))
-    if once != len(ids):
+    if repeats := _repeats(ids.chunks):
         raise CorpusError(
-            f"{len(ids) - once} rows to publish repeat an id of another. Nothing was published; "
+            f"{repeats} rows to publish repeat an id of another. Nothing was published; "
             "give each chunk an id of its own."
         )
+
+
+def _repeats(ids: Iterable[pa.Array]) -> int:
+    """How many of `ids` another one before them is equal to."""
+    keys = pa.chunked_array([digest_column(each) for each in ids], HASH)
+    return len(keys) - len(first_of_each(keys))
 
 
 def _require_rows(
@@ -285,8 +289,9 @@ def _require_rows(
 ) -> None:
     """Undo a commit that did not bring what it should."""
     found = table.count_rows()
-    once = table.version == before + 1 or _once(table)
-    if found == expected and once:
+    alone = table.version == before + 1  # else another writer may have added what we did, too
+    ids = (each.column("id") for each in read_batches(table, 8192, ["id"]))
+    if found == expected and (alone or not _repeats(ids)):
         return
     require_held()  # else it may be the commit of another run
     table.checkout(before)
@@ -296,9 +301,3 @@ def _require_rows(
         f"version {before} was restored. Something else may be writing to this table: see that "
         "only embed-once does."
     )
-
-
-def _once(table: Table) -> bool:
-    """Whether each id stands in `table` once; another writer may have added what we did, too."""
-    keys = [digest_column(each.column("id")) for each in read_batches(table, 8192, ["id"])]
-    return len(first_of_each(pa.chunked_array(keys, HASH))) == table.count_rows()
