@@ -232,6 +232,7 @@ def _surveyed(
     """All that is known before anything is sent, once that may be."""
     tell(Progress("reading"))
     found = survey(settings, overrides, folder.staging, came=settled.hashes())
+    memory.give_back_all()
     require_safe(found, overrides)
     require_approved(found, overrides)
     return found
@@ -258,6 +259,7 @@ def _embedded(found: Survey, overrides: Overrides, folder: RunFolder, clock: Clo
         _take_up_known(found)
         filled, refused, shared, sent = embed_all(found, folder)
         reasons = settle_quarantine(found, overrides, refused, folder.run_id)
+    memory.give_back_all()
     require_few_leave(found, filled)
     return _Ready(found, filled, reasons, shared, sent)
 

@@ -313,7 +313,8 @@ def replace_rows(
     fragments = {each.fragment_id: each for each in dataset.get_fragments()}
     update = lance.LanceOperation.Update()
     for number, offsets in _by_fragment(dataset, key, leaving):
-        left = fragments[number].delete_rows(offsets.tolist())
+        all_leave = len(offsets) == fragments[number].count_rows()
+        left = None if all_leave else fragments[number].delete_rows(offsets.tolist())
         if left is None:
             update.removed_fragment_ids.append(number)
         else:

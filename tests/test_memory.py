@@ -1,5 +1,6 @@
 """A run keeps to its memory: what it holds at once follows from the limit, not from the corpus."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -230,3 +231,38 @@ print(memory._resident_bytes())
     free, enough, given_back = map(int, done.stdout.split())
     assert free == pytest.approx(enough, abs=10e6)
     assert given_back < free - 500e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's malloc_trim")
+def test_what_a_stage_leaves_free_is_given_back_before_the_next(
+    prefect_api: str, tmp_path: Path
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.md").write_text("# A wolf\n")
+    (tmp_path / "config.yaml").write_text(
+        "{name: free, source: {kind: files, path: corpus}, embedding: {provider: lexical},"
+        " index: {uri: index, table: t}, state: {uri: state}}"
+    )
+    script = """
+import json, sys
+import numpy as np
+from flows.reindex import run
+from tasks import memory
+from tasks.progress import listening
+stages = {}
+def leave_pieces(progress):
+    if progress.stage not in stages:
+        before = memory._resident_bytes()
+        pieces = [np.ones(2**17) for _ in range(300)][::8]
+        stages[progress.stage] = before, memory._resident_bytes(), pieces
+with listening(leave_pieces):
+    run(sys.argv[1])
+print(json.dumps({stage: told[:2] for stage, told in stages.items()}))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "PREFECT_API_URL": prefect_api}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert list(told) == ["reading", "embedding", "publishing"]
+    for before, after in itertools.pairwise(told):
+        assert told[after][0] < told[before][1] - 200e6, told
