@@ -277,6 +277,7 @@ def _published(  # noqa: PLR0917 - what a run has learned on its way
     found, filled = ready.found, ready.filled
     with clock.stage("publish"):
         published = publish_found(found, filled, folder.run_id)
+    memory.give_back_all()
     report = finished_report(
         survey=found,
         filled=filled,

@@ -248,7 +248,7 @@ import json, sys
 import numpy as np
 from flows.reindex import run
 from tasks import memory
-from tasks.progress import listening
+from tasks.progress import Progress, listening
 stages = {}
 def leave_pieces(progress):
     if progress.stage not in stages:
@@ -257,12 +257,13 @@ def leave_pieces(progress):
         stages[progress.stage] = before, memory._resident_bytes(), pieces
 with listening(leave_pieces):
     run(sys.argv[1])
+leave_pieces(Progress("end"))
 print(json.dumps({stage: told[:2] for stage, told in stages.items()}))
 """
     command = [sys.executable, "-c", script, str(tmp_path / "config.yaml")]
     environment = {**os.environ, "PREFECT_API_URL": prefect_api}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     told = json.loads(done.stdout.splitlines()[-1])
-    assert list(told) == ["reading", "embedding", "publishing"]
+    assert list(told) == ["reading", "embedding", "publishing", "end"]
     for before, after in itertools.pairwise(told):
         assert told[after][0] < told[before][1] - 200e6, told
