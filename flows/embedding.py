@@ -198,6 +198,7 @@ class _Collected:
         def work() -> None:
             with self.ending_the_run():
                 fold(self._folder, self._found.cache, answers)
+            answers.clear()  # else they are held until the next fold, the last ones to the end
             memory.give_back(self._found.sizes)
 
         self._fold = Aside(work)
@@ -223,7 +224,8 @@ class _Collected:
         """
         if self._fold is not None:
             self._fold.result()
-        fold(self._folder, self._found.cache, list(self._unfolded))
+        answers, self._unfolded = self._unfolded, []
+        fold(self._folder, self._found.cache, answers)
         fold(self._folder, self._found.cache)
 
     def finish(self) -> None:

@@ -244,21 +244,23 @@ def test_what_a_stage_leaves_free_is_given_back_before_the_next(
         " index: {uri: index, table: t}, state: {uri: state}}"
     )
     script = """
-import json, sys
+import gc, json, sys
 import numpy as np
 from flows.reindex import run
 from tasks import memory
+from tasks.journal import StoredAnswer
 from tasks.progress import Progress, listening
 stages = {}
 def leave_pieces(progress):
     if progress.stage not in stages:
         before = memory._resident_bytes()
         pieces = [np.ones(2**17) for _ in range(300)][::8]
-        stages[progress.stage] = before, memory._resident_bytes(), pieces
+        answers = sum(type(each) is StoredAnswer for each in gc.get_objects())
+        stages[progress.stage] = before, memory._resident_bytes(), answers, pieces
 with listening(leave_pieces):
     run(sys.argv[1])
 leave_pieces(Progress("end"))
-print(json.dumps({stage: told[:2] for stage, told in stages.items()}))
+print(json.dumps({stage: told[:3] for stage, told in stages.items()}))
 """
     command = [sys.executable, "-c", script, str(tmp_path / "config.yaml")]
     environment = {**os.environ, "PREFECT_API_URL": prefect_api}
@@ -267,3 +269,4 @@ print(json.dumps({stage: told[:2] for stage, told in stages.items()}))
     assert list(told) == ["reading", "embedding", "publishing", "end"]
     for before, after in itertools.pairwise(told):
         assert told[after][0] < told[before][1] - 200e6, told
+    assert told["embedding"][2] > told["publishing"][2] == 0
