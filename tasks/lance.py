@@ -31,8 +31,6 @@ WINDOW_ROWS = 8192
 """Most rows of one query where a whole table is read with its vectors."""
 WINDOW_BYTES = 64 * 2**20
 """Most bytes of whole rows of one query, as they lie on disk, where texts take about a half."""
-COMPACTED_BYTES = 2**18
-"""Rows that are compacted go through memory so many bytes at a time."""
 
 Wanted = Callable[[pa.Array], npt.NDArray[np.bool_]]
 """For each value of a column whether its row is wanted."""
@@ -325,26 +323,6 @@ def replace_rows(
         update.new_fragments = write_fragments(new, dataset, schema=new.schema)
     may_commit()
     lance.LanceDataset.commit(dataset, update, read_version=dataset.version)
-    table.checkout_latest()  # type: ignore[no-untyped-call]
-
-
-def compact(table: Table) -> None:
-    """Write the small fragments of `table` into large ones, in one commit; versions stay.
-
-    LanceDB's own (0.40) takes 8,192 rows at a time: for 900,000 vectors of 1,024 floats 240 MB
-    and 23 s; this took 160 MB and 19 s.
-
-    Args:
-        table: One without indexes, at its newest version.
-    """
-    import lance  # noqa: PLC0415 - see `replace_rows`
-
-    row = max(1, data_bytes(table) // max(1, table.count_rows()))
-    place = table.uri  # type: ignore[attr-defined] # of any table but a cloud one
-    optimizer = lance.dataset(place, version=table.version).optimize
-    # Copied as they lie they would take 50 MB and 12 s, but Lance has lost data by that (its issues
-    # 6991 and 8501), and these are paid for.
-    optimizer.compact_files(num_threads=1, batch_size=max(1, COMPACTED_BYTES // row))
     table.checkout_latest()  # type: ignore[no-untyped-call]
 
 

@@ -82,8 +82,8 @@ class Sizes:
 
     @property
     def grown(self) -> int:
-        """By so much it may grow before it looks again."""
-        return int(min(96, self.room_mb / 4) * MIB)
+        """By so much it may grow before it looks again: what a large corpus holds beyond `kept`."""
+        return int(min(32, self.room_mb / 4) * MIB)
 
 
 MOST = Sizes()

@@ -24,7 +24,7 @@ from tasks.cache import Cache
 from tasks.errors import EmbedOnceError
 from tasks.index import TAG, Generation, generations, open_index, require_held, writing_index
 from tasks.journal import none_starts
-from tasks.lance import compact, durable, sync_table, versions_of
+from tasks.lance import durable, sync_table, versions_of
 from tasks.params import Index
 from tasks.search_indexes import refresh_text_index, vector_index
 from tasks.shape import Shape, shape_of
@@ -280,7 +280,7 @@ def drop_old_versions(table: Table, uri: str, older_than: timedelta = BRIEFLY) -
         Bytes freed.
     """
     before = shape_of(table).disk
-    compact(table)
+    table.optimize(cleanup_older_than=FOREVER)
     # Else a power cut would take the new files, after the old ones have gone.
     sync_table(uri, table.name, since=0.0)
     table.optimize(cleanup_older_than=older_than)
