@@ -13,7 +13,6 @@ from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import task_run
 
 from flows.cancelling import ENDS
-from tasks import memory
 from tasks.artifacts import ProgressArtifact
 from tasks.aside import Aside
 from tasks.claims import Shared, take_up
@@ -199,7 +198,6 @@ class _Collected:
             with self.ending_the_run():
                 fold(self._folder, self._found.cache, answers)
             answers.clear()  # else they are held until the next fold, the last ones to the end
-            memory.give_back(self._found.sizes)
 
         self._fold = Aside(work)
         self._fold.start()

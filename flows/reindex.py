@@ -183,8 +183,9 @@ def _attempt(
             found = _surveyed(settings, overrides, folder, settled)
             if lane is not None and found.waits:
                 return _waiting(lane, found, folder, settled, about, clock)
-        ready = _embedded(found, overrides, folder, clock)
-        report = whole.run(lambda: _published(ready, folder, recovered, settled, about, clock))
+        with memory.giving_back(found.sizes):
+            ready = _embedded(found, overrides, folder, clock)
+            report = whole.run(lambda: _published(ready, folder, recovered, settled, about, clock))
         if lane is not None:
             lane.notes.caught_up(settings.index)
     if not by_hand():  # else the cancel came too late: all is done and told

@@ -8,12 +8,16 @@ import ctypes
 import os
 import resource
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
 
+from tasks.aside import Aside
 from tasks.errors import SettingsError
 from tasks.providers import Provider
 
@@ -36,6 +40,9 @@ asked."""
 OVERHEAD = 1.25
 """Beside texts and vectors a call holds a quarter more: hashes, tables, what Python adds."""
 MIB = 2**20
+
+LOOK_S = 0.25
+"""So often a run looks how much it holds."""
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -213,12 +220,30 @@ class _Held:
     bytes = 0
 
 
-def give_back(sizes: Sizes) -> None:
-    """Give back what is free between pieces in use, where the process has grown by much.
+@contextmanager
+def giving_back(sizes: Sizes) -> Iterator[None]:
+    """Give back what is free between pieces in use, whenever this process has grown by much.
 
     Freed pieces stay where a newer one lies above them; without this a run of a million chunks
     held 1,800 MB. To give back each time would cost what `spare` saves.
     """
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(LOOK_S):
+            _give_back(sizes)
+
+    watching = Aside(watch)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.wait()
+
+
+def _give_back(sizes: Sizes) -> None:
+    """The same, once: if this process has grown by much since it was done last."""
     if sys.platform != "linux":
         return
     if _resident_bytes() > max(sizes.kept, _Held.bytes + sizes.grown):

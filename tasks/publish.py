@@ -29,7 +29,7 @@ from tasks.index import (
 )
 from tasks.keys import KeySet, digest_column, first_of_each
 from tasks.lance import Wanted, read_batches, read_where, replace_rows
-from tasks.memory import MOST, Sizes, give_back
+from tasks.memory import MOST, Sizes
 from tasks.params import Index
 from tasks.schemas import DELETIONS, HASH, TableRef, metadata_fields, rows_schema
 from tasks.soundness import numbers
@@ -251,7 +251,6 @@ def _with_vectors(
                 "run_id": pa.array([run_id] * batch.num_rows, pa.utf8()),
             }
             columns = [own[name] if name in own else batch.column(name) for name in schema.names]
-            give_back(sizes)
             yield pa.record_batch(columns, schema=schema)
 
 

@@ -217,13 +217,15 @@ def test_a_run_keeps_to_its_limit(
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's malloc_trim")
 def test_what_is_free_between_pieces_in_use_is_given_back_once_there_is_much_of_it() -> None:
     script = """
+import time
 import numpy as np
 from tasks import memory
 memory.spare()
 pieces = [np.ones(2**17) for _ in range(600)][::8]
 for room_mb in (1000, 20):
     print(memory._resident_bytes())
-    memory.give_back(memory.Sizes(room_mb=room_mb))
+    with memory.giving_back(memory.Sizes(room_mb=room_mb)):
+        time.sleep(4 * memory.LOOK_S)
 print(memory._resident_bytes())
 """
     command = [sys.executable, "-c", script]
