@@ -243,7 +243,7 @@ def giving_back(sizes: Sizes) -> Iterator[None]:
 
 
 def _give_back(sizes: Sizes) -> None:
-    """The same, once: if this process has grown by much since it was done last."""
+    """Give back what is free, if this process has grown by much since that was done last."""
     if sys.platform != "linux":
         return
     if _resident_bytes() > max(sizes.kept, _Held.bytes + sizes.grown):

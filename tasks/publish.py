@@ -92,13 +92,10 @@ def publish(
         EmbedOnceError: A vector is missing; nothing was published.
     """
     metadata = metadata_fields(rows.schema())
-    staged = rows.load(rows_schema(metadata))
-    _refuse_repeated(staged.column("id"))
-    cache.require(staged.column("text_hash"))  # LanceDB would hide the error in its own
+    _require_publishable(rows, cache)
     table = open_index(index)
     schema = identity.schema(_in_order_of(table, metadata))
-    gone = deletions.load(DELETIONS).column("id")
-    replaced = updates + len(gone)
+    replaced = updates + deletions.rows
     way = _way(table, schema, rows.rows, replaced)
     if anew and table is not None:
         way = "overwrite"
@@ -129,9 +126,9 @@ def publish(
                 table.add(new)
             elif way == "merge":
                 coming = new if rows.rows else None
-                replace_rows(table, "id", _leaving(staged, gone), coming, held)
+                replace_rows(table, "id", _leaving(rows, deletions), coming, held)
             else:
-                table = _overwrite(table, index, schema, new, _leaving(staged, gone))
+                table = _overwrite(table, index, schema, new, _leaving(rows, deletions))
             _require_rows(table, before, expected, held)
         newest = tag_generation(table)
     return Published(way, newest.number, newest.version, expected)
@@ -205,9 +202,10 @@ def _create(
     return table
 
 
-def _leaving(staged: pa.Table, gone: pa.ChunkedArray) -> Wanted:
+def _leaving(rows: TableRef, deletions: TableRef) -> Wanted:
     """Of ids of the index those that are deleted, or written again."""
-    ids = pa.chunked_array([*staged.column("id").chunks, *gone.chunks], pa.utf8())
+    staged, gone = rows.load(rows.schema()).column("id"), deletions.load(DELETIONS).column("id")
+    ids = pa.chunked_array([*staged.chunks, *gone.chunks], pa.utf8())
     keys = KeySet(digest_column(ids))
     return lambda found: keys.holds(digest_column(found))
 
@@ -268,13 +266,17 @@ def _finite(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield batch
 
 
-def _refuse_repeated(ids: pa.ChunkedArray) -> None:
-    """The primary key does not stop duplicates inside one commit, so this does."""
-    if repeats := _repeats(ids.chunks):
+def _require_publishable(rows: TableRef, cache: Cache) -> None:
+    """Refuse what no commit may hold: an id twice, a row without its vector."""
+    # Not held: pages of a mapped file that were looked at count as memory until it is let go.
+    staged = rows.load(rows_schema(metadata_fields(rows.schema())))
+    # The primary key does not stop duplicates inside one commit.
+    if repeats := _repeats(staged.column("id").chunks):
         raise CorpusError(
             f"{repeats} rows to publish repeat an id of another. Nothing was published; "
             "give each chunk an id of its own."
         )
+    cache.require(staged.column("text_hash"))  # LanceDB would hide the error in its own
 
 
 def _repeats(ids: Iterable[pa.Array]) -> int:
