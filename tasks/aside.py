@@ -10,6 +10,7 @@ import _thread
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import copy_context
 from itertools import islice
 from typing import Generic, TypeVar
@@ -108,3 +109,27 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield found[0]
     finally:
         coming.wait()
+
+
+@contextmanager
+def meanwhile(work: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Do `work` again and again while the block runs; what it raised is raised at its end.
+
+    Args:
+        work: Done aside.
+        every_s: Seconds before each time.
+    """
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(every_s):
+            work()
+
+    along = Aside(repeat)
+    along.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        along.wait()
+    along.result()

@@ -2,7 +2,6 @@
 
 import math
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -15,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from lancedb.table import Table
 
-from tasks.aside import Aside
+from tasks.aside import meanwhile
 from tasks.errors import EmbedOnceError, IndexHeld, StorageFailed
 from tasks.storage import is_local, storage_at
 from tasks.storage.folder import sync
@@ -139,20 +138,13 @@ def durable(uri: str, name: str) -> Iterator[None]:
     if not is_local(uri):
         yield
         return
-    since, ended = time.time(), threading.Event()
+    since = time.time()
 
     def sync_along() -> None:
-        while not ended.wait(ALONG_S):
-            _sync_newer((Path(uri) / f"{name}.lance" / "data").glob("*"), since)
+        _sync_newer((Path(uri) / f"{name}.lance" / "data").glob("*"), since)
 
-    along = Aside(sync_along)
-    along.start()
-    try:
+    with meanwhile(sync_along, ALONG_S):  # an error that it was told, nobody is told again
         yield
-    finally:
-        ended.set()
-        along.wait()
-    along.result()  # an error that it was told, nobody is told again
     sync_table(uri, name, since)
 
 

@@ -8,7 +8,6 @@ import ctypes
 import os
 import resource
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from tasks.aside import Aside
+from tasks.aside import meanwhile
 from tasks.errors import SettingsError
 from tasks.providers import Provider
 
@@ -227,19 +226,8 @@ def giving_back(sizes: Sizes) -> Iterator[None]:
     Freed pieces stay where a newer one lies above them; without this a run of a million chunks
     held 1,800 MB. To give back each time would cost what `spare` saves.
     """
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(LOOK_S):
-            _give_back(sizes)
-
-    watching = Aside(watch)
-    watching.start()
-    try:
+    with meanwhile(lambda: _give_back(sizes), LOOK_S):
         yield
-    finally:
-        ended.set()
-        watching.wait()
 
 
 def _give_back(sizes: Sizes) -> None:
