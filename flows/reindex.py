@@ -185,7 +185,7 @@ def _attempt(
                 return _waiting(lane, found, folder, settled, about, clock)
         with memory.giving_back(found.sizes):
             ready = _embedded(found, overrides, folder, clock)
-            report = whole.run(lambda: _published(ready, folder, recovered, settled, about, clock))
+        report = whole.run(lambda: _published(ready, folder, recovered, settled, about, clock))
         if lane is not None:
             lane.notes.caught_up(settings.index)
     if not by_hand():  # else the cancel came too late: all is done and told
@@ -274,28 +274,29 @@ def _published(  # noqa: PLR0917 - what a run has learned on its way
     clock: Clock,
 ) -> RunReport:
     """Publish, tell, and tidy."""
-    tell(Progress("publishing"))
     found, filled = ready.found, ready.filled
-    with clock.stage("publish"):
-        published = publish_found(found, filled, folder.run_id)
-    memory.give_back_all()
-    report = finished_report(
-        survey=found,
-        filled=filled,
-        published=published,
-        recovered=recovered,
-        calls=folder.calls(),
-        settled=settled,
-        shared=ready.shared,
-        sent=ready.sent,
-        reasons=ready.reasons,
-        about=about,
-        clock=clock,
-    )
-    _close(report, folder)
-    keep_found(found, filled, published)
-    tidy_published(published, filled.rows.rows, found.config.index, found.cache, folder.run_id)
-    keep_scanned(found, filled)
+    with memory.giving_back(found.sizes):
+        tell(Progress("publishing"))
+        with clock.stage("publish"):
+            published = publish_found(found, filled, folder.run_id)
+        memory.give_back_all()
+        report = finished_report(
+            survey=found,
+            filled=filled,
+            published=published,
+            recovered=recovered,
+            calls=folder.calls(),
+            settled=settled,
+            shared=ready.shared,
+            sent=ready.sent,
+            reasons=ready.reasons,
+            about=about,
+            clock=clock,
+        )
+        _close(report, folder)
+        keep_found(found, filled, published)
+        tidy_published(published, filled.rows.rows, found.config.index, found.cache, folder.run_id)
+        keep_scanned(found, filled)
     return report
 
 

@@ -119,17 +119,18 @@ def meanwhile(work: Callable[[], None], every_s: float) -> Iterator[None]:
         work: Done aside.
         every_s: Seconds before each time.
     """
-    ended = threading.Event()
+    goes_on = threading.Lock()
+    goes_on.acquire()
 
     def repeat() -> None:
-        while not ended.wait(every_s):
+        while not goes_on.acquire(timeout=every_s):
             work()
 
     along = Aside(repeat)
-    along.start()
     try:
+        along.start()
         yield
     finally:
-        ended.set()
+        goes_on.release()
         along.wait()
     along.result()

@@ -19,6 +19,7 @@ from tasks.errors import AnswerRejected, JobLost, ProviderError
 from tasks.job_notes import Submission
 from tasks.journal import RunFolder, StoredAnswer, fold
 from tasks.ledger import Ledger
+from tasks.memory import MOST
 from tasks.notes import Call
 from tasks.providers import checked_vectors
 from tasks.providers.failures import LATER
@@ -28,8 +29,6 @@ from tasks.schemas import HASH
 
 KEPT_S = 30 * 86_400.0
 """So long files are kept, by the documentation; who is gone by then has gone for good."""
-FOLD_BYTES = 12 << 20
-"""Vectors that are held before they go from the journal into the cache."""
 LONGEST_NAME = 9
 """Digits of a line's number, at most."""
 PROBLEMS = 3
@@ -192,7 +191,7 @@ class Harvest:
         stored = self._folder.write_answer(hashes, vectors, self._provider.space, call)
         self._unfolded.append(stored)
         self._held += vectors.nbytes
-        if self._held > FOLD_BYTES:
+        if self._held > MOST.folded:
             fold(self._folder, self._cache, self._unfolded)
             self._unfolded, self._held = [], 0
         self._settled.came.append((self._submission.index, hashes))

@@ -305,6 +305,7 @@ def replace_rows(
     fragments = {each.fragment_id: each for each in dataset.get_fragments()}
     update = lance.LanceOperation.Update()
     for number, offsets in _by_fragment(dataset, key, leaving):
+        # Then no list is made of them: a number of Python's for each row of the table.
         all_leave = len(offsets) == fragments[number].count_rows()
         left = None if all_leave else fragments[number].delete_rows(offsets.tolist())
         if left is None:

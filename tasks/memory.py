@@ -83,12 +83,12 @@ class Sizes:
 
     @property
     def kept(self) -> int:
-        """Of what the process may hold in all before it looks for what it can give back."""
+        """What the process may hold in all before it gives back what is free."""
         return BASE_MB * MIB + int(min(192, self.room_mb / 2) * MIB)
 
     @property
     def grown(self) -> int:
-        """By so much it may grow before it looks again: what a large corpus holds beyond `kept`."""
+        """Where it holds more than `kept`: by so much it may grow before it gives back again."""
         return int(min(32, self.room_mb / 4) * MIB)
 
 
@@ -203,10 +203,8 @@ def spare() -> None:
     # LanceDB looks when it reads for the first time.
     os.environ.setdefault("LANCE_DEFAULT_IO_BUFFER_SIZE", str(_READ_AHEAD_BYTES))
     pa.set_memory_pool(pa.system_memory_pool())
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # another C library has no such thing
+    mallopt = _of_glibc("mallopt")
+    if mallopt is not None:
         # Where it is not set, glibc raises it to 32 MiB as soon as a piece of that size is freed.
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
@@ -232,8 +230,6 @@ def giving_back(sizes: Sizes) -> Iterator[None]:
 
 def _give_back(sizes: Sizes) -> None:
     """Give back what is free, if this process has grown by much since that was done last."""
-    if sys.platform != "linux":
-        return
     if _resident_bytes() > max(sizes.kept, _Held.bytes + sizes.grown):
         give_back_all()
 
@@ -243,14 +239,23 @@ def give_back_all() -> None:
 
     Of a million chunks the stages before embedding left 120 MB, and embedding 200.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)
         _Held.bytes = _resident_bytes()
 
 
+def _of_glibc(name: str) -> Any:
+    """A function of glibc; None where the C library is another one."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
 def _resident_bytes() -> int:
-    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    """What this process holds now; 0 where the system does not tell."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:  # no Linux, or no file may be opened now: no run fails for that
+        return 0
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 

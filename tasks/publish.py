@@ -92,7 +92,7 @@ def publish(
         EmbedOnceError: A vector is missing; nothing was published.
     """
     metadata = metadata_fields(rows.schema())
-    _require_publishable(rows, cache)
+    _require_publishable(rows, metadata, cache)
     table = open_index(index)
     schema = identity.schema(_in_order_of(table, metadata))
     replaced = updates + deletions.rows
@@ -266,10 +266,10 @@ def _finite(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield batch
 
 
-def _require_publishable(rows: TableRef, cache: Cache) -> None:
+def _require_publishable(rows: TableRef, metadata: list[pa.Field], cache: Cache) -> None:
     """Refuse what no commit may hold: an id twice, a row without its vector."""
     # Not held: pages of a mapped file that were looked at count as memory until it is let go.
-    staged = rows.load(rows_schema(metadata_fields(rows.schema())))
+    staged = rows.load(rows_schema(metadata))
     # The primary key does not stop duplicates inside one commit.
     if repeats := _repeats(staged.column("id").chunks):
         raise CorpusError(

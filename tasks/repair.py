@@ -19,6 +19,7 @@ from tasks.findings import Finding, Repair, Verified
 from tasks.index import Identity, adopt, broken_tags, generations, held, open_index, writing_index
 from tasks.journal import RunFolder, fold
 from tasks.keys import KeySet, first_of_each
+from tasks.memory import MOST, giving_back
 from tasks.mending import TAKEN_ROWS, Mending, bad_rows, mended, require_few_leave
 from tasks.notes import About
 from tasks.params import Config
@@ -132,16 +133,17 @@ def _mend(seen: Look, folder: RunFolder, done: _Done) -> Published | None:
     mending = Mending.of(seen, found, cache)
     require_few_leave(seen, found, mending.leaving)
     ready = mended(seen, found, mending, folder.staging)
-    published = publish(
-        rows=ready.rows,
-        deletions=ready.deletions,
-        updates=ready.updates,
-        index=config.index,
-        identity=Identity(found.survey.identity.space, found.survey.indexed_splitter),
-        cache=cache,
-        run_id=folder.run_id,
-        anew=bool(found.duplicate.any() and (ready.rows.rows or ready.deletions.rows)),
-    )
+    with giving_back(MOST):
+        published = publish(
+            rows=ready.rows,
+            deletions=ready.deletions,
+            updates=ready.updates,
+            index=config.index,
+            identity=Identity(found.survey.identity.space, found.survey.indexed_splitter),
+            cache=cache,
+            run_id=folder.run_id,
+            anew=bool(found.duplicate.any() and (ready.rows.rows or ready.deletions.rows)),
+        )
     done.published = published.way != "none"
     done.written, done.added = ready.rows.rows, ready.added
     done.deleted = ready.deletions.rows + ready.repeated

@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from contextvars import ContextVar
 
 import pytest
 
 from flows.cancelling import Whole
-from tasks.aside import Aside, one_ahead, out_of_reach
+from tasks.aside import Aside, meanwhile, one_ahead, out_of_reach
 
 pytestmark = pytest.mark.usefixtures("heeded")
 
@@ -186,3 +187,34 @@ def test_nothing_is_fetched_once_nobody_wants_more() -> None:
     assert fetched == [0, 1]
     time.sleep(0.05)
     assert fetched == [0, 1]
+
+
+@pytest.mark.parametrize("error", [None, LookupError, KeyboardInterrupt])
+def test_what_goes_on_meanwhile_ends_with_the_block_however_that_ends(
+    error: type[BaseException] | None,
+) -> None:
+    times = list[float]()
+    with suppress(LookupError, KeyboardInterrupt), meanwhile(lambda: times.append(0), 0.001):
+        while len(times) < 3:
+            time.sleep(0.001)
+        if error is not None:
+            raise error
+    after = len(times)
+    time.sleep(0.05)
+    assert len(times) == after
+
+
+def test_what_failed_meanwhile_is_told_at_the_end_unless_the_block_failed_too() -> None:
+    def fails() -> None:
+        raise OSError("no disk")
+
+    def block(error: BaseException | None = None) -> None:
+        with meanwhile(fails, 0.001):
+            time.sleep(0.05)
+            if error is not None:
+                raise error
+
+    with pytest.raises(OSError, match="no disk"):
+        block()
+    with pytest.raises(LookupError, match="its own"):
+        block(LookupError("its own"))
