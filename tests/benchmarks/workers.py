@@ -11,9 +11,11 @@ import resource
 import tempfile
 from pathlib import Path
 
+import pandas as pd
 from account import simulator
 
 from flows.prefect_server import have_server
+from tasks.ledger import Ledger
 from tasks.simulator import Latency
 
 TEXTS_PER_REQUEST = 200
@@ -49,6 +51,7 @@ def main() -> None:
     print(
         f"{given.calls} calls of {TEXTS_PER_REQUEST} texts, {given.latency} s each: {bound:.1f} s"
     )
+    threads = 0.0
     latency = Latency(base_s=given.latency).model_dump()
     with tempfile.TemporaryDirectory() as folder, simulator(latency=latency) as address:
         texts = (f"chunk {number} " * 50 for number in range(given.calls * TEXTS_PER_REQUEST))
@@ -65,13 +68,23 @@ def main() -> None:
                 continue
             after = resource.getrusage(resource.RUSAGE_SELF)
             spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            # From the first call on: workers take seconds to start, once a run.
-            calling = report.throughput.tokens_per_second
+            calling = seconds_of_calls(Path(folder) / name / "state")
+            speed = report.tokens.billed / calling
+            threads = threads or speed
             print(
-                f"{name:8} embed {report.seconds.embed:6.1f} s, tokens/s {calling or 0:9,.0f}, "
-                f"p50 {report.latency_ms.p50 or 0:5.0f} ms, busy "
-                f"{report.concurrency.busy_fraction:.2f}, CPU of this process {spent:5.1f} s"
+                f"{name:8} embed {report.seconds.embed:5.1f} s, of that calls {calling:5.1f} s: "
+                f"tokens/s {speed:9,.0f}, {speed / threads:.2f} of threads, "
+                f"p50 {report.latency_ms.p50 or 0:5.0f} ms, CPU of this process {spent:5.1f} s",
+                flush=True,
             )
+
+
+def seconds_of_calls(state: Path) -> float:
+    """From the first call's start to the last one's end: workers take seconds to start, once."""
+    calls = Ledger(str(state)).calls()
+    starts = pd.to_datetime(calls["started_at"])
+    ends = starts + pd.to_timedelta(calls["seconds"], unit="s")
+    return float((ends.max() - starts.min()).total_seconds())
 
 
 if __name__ == "__main__":
