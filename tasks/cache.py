@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
-import lancedb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -22,6 +21,7 @@ from tasks.key_rows import KeyRows
 from tasks.keys import KeySet, first_of_each
 from tasks.lance import (
     PRIMARY_KEY,
+    connect,
     make_table,
     open_table,
     opening,
@@ -173,9 +173,7 @@ class Cache:
             return
         with writing(f"the cache {self.name} in {self._uri}"):
             if not self.fits:
-                lancedb.connect(self._uri).create_table(
-                    self.name, schema=self._schema(), mode="overwrite"
-                )
+                connect(self._uri).create_table(self.name, schema=self._schema(), mode="overwrite")
             for start in range(0, len(row_ids) if self.fits else 0, ENTRIES):
                 rows = ", ".join(map(str, row_ids[start : start + ENTRIES].tolist()))
                 texts = hashes.slice(start, ENTRIES).to_pylist()
@@ -339,7 +337,7 @@ def _spaces(state_uri: str) -> Iterator[Space]:
     if is_local(state_uri) and not Path(state_uri).is_dir():
         return
     with opening(f"The state in {state_uri}"):
-        names = lancedb.connect(state_uri).list_tables(limit=1000).tables
+        names = connect(state_uri).list_tables(limit=1000).tables
     for name in names:
         table = open_table(state_uri, name) if name.startswith(PREFIX) else None
         if table is not None and SPACE in (table.schema.metadata or {}):

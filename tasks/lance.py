@@ -12,6 +12,7 @@ import lancedb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from lancedb.db import DBConnection
 from lancedb.table import Table
 
 from tasks.aside import meanwhile
@@ -31,11 +32,24 @@ WINDOW_ROWS = 8192
 WINDOW_BYTES = 64 * 2**20
 """Most bytes of whole rows of one query, as they lie on disk, where texts take about a half."""
 
+METADATA_BYTES = 32 * 2**20
+"""What a connection may keep in memory of versions and files that were read.
+
+LanceDB's own limit is 1 GiB. It keeps the list of fragments of each version, so that a cache which
+grew in 750 commits held 300 MB of them, and this 5, in the same time.
+"""
+
 Wanted = Callable[[pa.Array], npt.NDArray[np.bool_]]
 """For each value of a column whether its row is wanted."""
 
 CLOCK_SLACK_S = 300.0
 """So far the clock of a disk, say of another machine's, may be from ours."""
+
+
+def connect(uri: str) -> DBConnection:
+    """A connection that keeps no more than METADATA_BYTES of the versions that were read."""
+    session = lancedb.Session(metadata_cache_size_bytes=METADATA_BYTES)
+    return lancedb.connect(uri, session=session)
 
 
 def open_table(uri: str, name: str) -> Table | None:
@@ -51,7 +65,7 @@ def open_table(uri: str, name: str) -> Table | None:
         return None
     with opening(f"The table {name} in {uri}"):
         try:
-            return lancedb.connect(uri).open_table(name)
+            return connect(uri).open_table(name)
         except ValueError as error:
             if "was not found" in str(error):
                 return None
@@ -89,7 +103,7 @@ def make_table(uri: str, name: str, schema: pa.Schema) -> Table:
     with table_lock(uri, name, "making the table"):
         table = open_table(uri, name)
         if table is None:
-            return lancedb.connect(uri).create_table(name, schema=schema, exist_ok=True)
+            return connect(uri).create_table(name, schema=schema, exist_ok=True)
         if lacking := _lacking(table, schema):
             table.add_columns(pa.schema([field.with_nullable(True) for field in lacking]))
         return table

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import lancedb
 import numpy as np
 import pyarrow as pa
 from lancedb.table import Table
@@ -28,7 +27,7 @@ from tasks.index import (
     writing_index,
 )
 from tasks.keys import KeySet, digest_column, first_of_each
-from tasks.lance import Wanted, read_batches, read_where, replace_rows
+from tasks.lance import Wanted, connect, read_batches, read_where, replace_rows
 from tasks.memory import MOST, Sizes
 from tasks.params import Index
 from tasks.schemas import DELETIONS, HASH, TableRef, metadata_fields, rows_schema
@@ -189,7 +188,7 @@ def _create(
     require_held: Callable[[], None],
 ) -> Table:
     """The first generation, or none at all: a fault while it streams leaves an empty table."""
-    connection = lancedb.connect(index.uri)
+    connection = connect(index.uri)
     table = connection.create_table(index.table, data=new, schema=schema)
     found = table.count_rows()
     if found != expected:
@@ -221,7 +220,7 @@ def _overwrite(
         yield from new
 
     reader = pa.RecordBatchReader.from_batches(schema, stream())
-    connection = lancedb.connect(index.uri)
+    connection = connect(index.uri)
     return connection.create_table(index.table, data=reader, schema=schema, mode="overwrite")
 
 

@@ -235,6 +235,37 @@ print(memory._resident_bytes())
     assert given_back < free - 500e6
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's malloc_trim")
+def test_a_cache_that_grows_by_many_commits_holds_no_list_of_each(tmp_path: Path) -> None:
+    script = """
+import sys
+import numpy as np
+import pyarrow as pa
+from tasks import memory
+from tasks.cache import Cache
+from tasks.keys import text_hash
+from tasks.limits import Limits
+from tasks.providers.lexical import Lexical
+from tasks.schemas import vectors_schema
+memory.spare()
+cache = Cache(sys.argv[1], Lexical(64, Limits(None, None, 1, None, 1)).space)
+schema = vectors_schema(cache.space.vector_type)
+for commit in range(400):
+    vector = pa.array([np.ones(64, np.float32)], cache.space.vector_type)
+    cache.remember([pa.table([[text_hash(str(commit))], vector], schema=schema)])
+    assert len(cache) == commit + 1
+    if commit in (99, 399):
+        memory.give_back_all()
+        print(memory._resident_bytes())
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    few, many = map(int, done.stdout.split())
+    print(few / 2**20, many / 2**20)
+    assert many - few < 40e6
+
+
 def test_where_no_file_may_be_opened_a_run_goes_on_without_looking() -> None:
     script = """
 import resource, time

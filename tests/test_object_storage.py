@@ -25,15 +25,17 @@ from tasks.index import Identity, held, open_index
 from tasks.journal import RunFolder
 from tasks.keys import hash_column, text_hash
 from tasks.notes import Call
-from tasks.params import Config, Index
+from tasks.params import Config, Index, load_config
 from tasks.plan import make_plan
 from tasks.providers import Space
 from tasks.providers.lexical import Lexical
 from tasks.publish import publish
 from tasks.recover import Recovered, recover
 from tasks.schemas import DELETIONS, TableRef, rows_schema
+from tasks.simulator import Latency, Settings, Simulator
 from tasks.storage import Holder, Taken, local_folder, objects, storage_at
 from tasks.survey import require_runnable
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -496,3 +498,57 @@ def test_two_runs_that_share_a_bucket_pay_once(
         assert table is not None
         assert table.count_rows() == len(texts)
     assert not storage_at(f"{bucket}/state").folders("runs")
+
+
+def test_two_processes_that_share_a_bucket_pay_once_and_one_at_a_time_has_an_index(
+    bucket: str, tmp_path: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VOYAGE_API_KEY", "pa-any")
+    monkeypatch.setenv("PREFECT_API_URL", prefect_api)
+    texts = [f"The story of animal number {number}." for number in range(200)]
+    lines = [json.dumps({"id": str(n), "text": text}) for n, text in enumerate(texts)]
+    (tmp_path / "animals.jsonl").write_text("\n".join(lines))
+    state, config = storage_at(f"{bucket}/state"), tmp_path / "animals.yaml"
+
+    def start(table: str, *settings: str) -> "subprocess.Popen[str]":
+        chosen = [part for each in (f"index.table={table}", *settings) for part in ("--set", each)]
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", "reindex", str(config), *chosen],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    with Simulator(Settings(latency=Latency(base_s=10))) as simulator:
+        config.write_text(
+            f"""\
+name: animals
+source: {{kind: table, path: animals.jsonl}}
+embedding: {{provider: voyage, model: voyage-4, dimension: 256, base_url: {simulator.base_url}}}
+limits: {{texts_per_request: 5, concurrency: 2}}
+index: {{uri: '{bucket}/index', table: t}}
+state: {{uri: '{bucket}/state'}}
+""",
+            encoding="utf-8",
+        )
+        running = [start("threads"), start("dask", "runner.kind=dask", "runner.processes=2")]
+        until(lambda: len(state.folders("runs")) == 2)
+        second = start("threads")
+        said = second.communicate(timeout=200)[1]
+        assert (second.returncode, "Another run holds the index 'threads'" in said) == (6, True), (
+            said
+        )
+        simulator.change(latency=Latency(base_s=0.1))
+        for process in running:
+            assert (process.wait(300), process.communicate()[1]) == (0, "")
+        totals = simulator.ledger.totals()
+    assert (totals["distinct_texts"], totals["texts_billed_again"]) == (len(texts), 0)
+    threads, dask = (
+        open_index(load_config(config, [f"index.table={table}"]).index)
+        for table in ("threads", "dask")
+    )
+    assert threads is not None
+    assert dask is not None
+    columns = ["id", "text", "vector"]
+    rows = [t.search().select(columns).to_arrow().sort_by("id") for t in (threads, dask)]
+    assert rows[0] == rows[1]
+    assert sorted(rows[0].column("text").to_pylist()) == sorted(texts)
+    assert not state.folders("runs")

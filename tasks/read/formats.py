@@ -186,11 +186,11 @@ class LancePart(Part):
 
     @cached_property
     def _table(self) -> Any:
-        import lancedb  # noqa: PLC0415 - takes a second, and few corpora need it
+        from tasks.lance import connect  # noqa: PLC0415 - takes a second, and few corpora need it
 
         hint = "The path must be a table that LanceDB can open, <database>/<table>.lance."
         with reading(self.path, hint):
-            return lancedb.connect(str(self.path.parent)).open_table(self.path.stem)
+            return connect(str(self.path.parent)).open_table(self.path.stem)
 
     def schema(self) -> pa.Schema:
         """The columns of the table."""

@@ -31,6 +31,8 @@ from tasks.simulator import Latency, Rule, Settings, Simulator
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TEXTS, TEXTS_PER_REQUEST, CONCURRENCY = 240, 4, 6
+A_MINUTE = 60
+"""Requests of an account that runs share."""
 LATENCY = Latency(base_s=0.3)
 
 
@@ -200,6 +202,44 @@ def test_a_worker_that_is_killed_costs_what_it_had_in_flight_and_no_more(
     elsewhere = ["index.uri=./threads", "state.uri=./threads-state"]
     reindex(config, *elsewhere)
     assert rows(config) == rows(config, *elsewhere)
+
+
+def test_runs_on_one_cluster_keep_to_a_shared_account_and_cost_what_threads_cost(
+    config: Path,
+    cluster: Cluster,
+    simulator: Simulator,
+    environment: dict[str, str],
+    python: list[str],
+) -> None:
+    def settings(place: str, *more: str) -> list[str]:
+        return [f"index.uri=./{place}", f"state.uri=./{place}-state", *more]
+
+    def start(place: str) -> "subprocess.Popen[str]":
+        account = ["limits.shared=true", f"limits.requests_per_minute={A_MINUTE}"]
+        chosen = settings(place, on(cluster), "limits.texts_per_request=6", *account)
+        options = [part for each in chosen for part in ("--set", each)]
+        report = ["--report", str(config.with_name(f"{place}.json"))]
+        return subprocess.Popen(
+            [*python, "-m", "flows.cli", "reindex", str(config), *options, *report],
+            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    simulator.change(requests_per_minute=A_MINUTE)
+    running = {place: start(place) for place in ("one", "two")}
+    for process in running.values():
+        assert (process.wait(300), process.communicate()[1]) == (0, "")
+    totals = simulator.ledger.totals()
+    print(totals)
+    assert totals["statuses"] == {"200": 2 * TEXTS / 6}  # more than a minute's, and none refused
+    assert A_MINUTE / 2 < totals["peak_requests_per_minute"] <= A_MINUTE
+
+    simulator.change(requests_per_minute=None)
+    by_threads = reindex(config, *settings("threads", "limits.texts_per_request=6"))
+    for place in running:
+        report = RunReport.model_validate_json(config.with_name(f"{place}.json").read_text())
+        assert report.tokens.billed == by_threads.tokens.billed
+        assert report.cost.usd == pytest.approx(by_threads.cost.usd)
+        assert rows(config, *settings(place)) == rows(config, *settings("threads"))
 
 
 def test_processes_of_a_run_share_its_limits_and_its_budget(
