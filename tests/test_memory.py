@@ -346,6 +346,7 @@ def test_what_a_stage_leaves_free_is_given_back_before_the_next(
     assert told["publishing"][3] == 0 < told["embedding"][3]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's malloc_trim")
 def test_what_is_free_is_given_back_while_a_stage_runs(
     leaving: Callable[[float, float], dict[str, list[int]]],
