@@ -11,12 +11,12 @@ import resource
 import tempfile
 from pathlib import Path
 
-import pandas as pd
 from account import simulator
 
 from flows.prefect_server import have_server
 from tasks.ledger import Ledger
 from tasks.simulator import Latency
+from tasks.timeline import Timeline
 
 TEXTS_PER_REQUEST = 200
 CONCURRENCY = 8
@@ -68,7 +68,9 @@ def main() -> None:
                 continue
             after = resource.getrusage(resource.RUSAGE_SELF)
             spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            calling = seconds_of_calls(Path(folder) / name / "state")
+            # From the first call on: workers take seconds to start, once a run.
+            ledger = Ledger(str(Path(folder) / name / "state"))
+            calling = Timeline.of(ledger.calls_of(report.run_id)).seconds
             speed = report.tokens.billed / calling
             threads = threads or speed
             print(
@@ -77,14 +79,6 @@ def main() -> None:
                 f"p50 {report.latency_ms.p50 or 0:5.0f} ms, CPU of this process {spent:5.1f} s",
                 flush=True,
             )
-
-
-def seconds_of_calls(state: Path) -> float:
-    """From the first call's start to the last one's end: workers take seconds to start, once."""
-    calls = Ledger(str(state)).calls()
-    starts = pd.to_datetime(calls["started_at"])
-    ends = starts + pd.to_timedelta(calls["seconds"], unit="s")
-    return float((ends.max() - starts.min()).total_seconds())
 
 
 if __name__ == "__main__":
